@@ -1,0 +1,35 @@
+# `make demo` and `make test` do all of their own set-up on a fresh Debian or Ubuntu machine with Python 3.11 or newer.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# FFCV comes as source and compiles against these. libgl1 and libglib2.0-0 are for OpenCV's Python module.
+PACKAGES := build-essential pkg-config libopencv-dev libturbojpeg0-dev libgl1 libglib2.0-0
+READY := $(VENV)/ready
+
+.PHONY: help demo test setup clean
+
+help:
+	@echo "make demo   train a hybrid CoDA ResNet and the plain ResNet it came from, and compare them"
+	@echo "make test   lint, type-check and run the test-suite"
+	@echo "make setup  system packages, virtual environment and dependencies (both commands do this by themselves)"
+
+demo: setup
+	@$(BIN)/coda train recipes/digits_resnet20.yaml
+	@$(BIN)/coda train recipes/digits_coda_resnet20.yaml
+	@$(BIN)/coda compare runs/digits_coda_resnet20 runs/digits_resnet20
+
+test: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@PYTHON=$(PYTHON) PACKAGES="$(PACKAGES)" sh setup.sh $(VENV)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

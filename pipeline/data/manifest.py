@@ -1,0 +1,150 @@
+"""The manifest beside prepared .beton files: what they hold, and the proof that they are whole.
+
+FFCV opens an unfinished or truncated file without complaint and then hangs, or reads outside it. Its header, the table of samples
+at the start and the table of addresses at the end are therefore checked here before FFCV sees a file.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ffcv.fields import IntField, RGBImageField
+from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
+
+from pipeline.errors import UserError
+from pipeline.files import write_atomically
+from pipeline.recipe import DataRecipe
+
+NAME = "manifest.json"
+VERSION = 1
+REMEDY = "run `coda prepare` with the recipe"
+
+
+@dataclass(frozen=True)
+class SplitFile:
+    """One .beton file."""
+
+    file: str
+    bytes: int
+    samples: int
+    class_counts: tuple[int, ...]
+    tables_sha256: str  # of the header and both tables
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of a folder of prepared files."""
+
+    source: str
+    path_name: str | None  # last part of data.path: where it lies may change between machines
+    image_size: int
+    write_mode: str
+    fixed_size: bool  # images are stored at image_size; else they are cropped when they are loaded
+    classes: tuple[str, ...]
+    splits: Mapping[str, SplitFile]  # "train" and "val"
+    ffcv: str  # version that wrote the files
+    sha256: str = ""  # of manifest.json itself
+
+    def require(self, data: DataRecipe) -> None:
+        """Raises UserError if the files were prepared with other data settings than ``data``."""
+        wanted = {
+            "data.source": (self.source, data.source),
+            "data.path": (self.path_name, path_name(data)),
+            "data.image_size": (self.image_size, data.image_size),
+            "data.write_mode": (self.write_mode, data.write_mode),
+        }
+        differences = [f"{key} {found} (recipe: {asked})" for key, (found, asked) in wanted.items() if found != asked]
+        if differences:
+            raise UserError(
+                f"{data.folder}: was prepared with {', '.join(differences)}; remove the folder or point data.prepared to another place"
+            )
+
+
+def path_name(data: DataRecipe) -> str | None:
+    """The last part of ``data.path``."""
+    return None if data.path is None else Path(data.path).resolve().name
+
+
+def open_manifest(folder: str | Path) -> Manifest:
+    """Read ``folder``/manifest.json and check the files that it lists: size, header, tables.
+
+    Raises:
+        UserError: there is no manifest, or it or one of its files is damaged.
+    """
+    path = Path(folder) / NAME
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
+    try:
+        tree = json.loads(content)
+        if tree.pop("version") != VERSION:
+            raise ValueError(f"not of version {VERSION}")
+        splits = {name: SplitFile(**{**entry, "class_counts": tuple(entry["class_counts"])}) for name, entry in tree["splits"].items()}
+        fields: dict[str, Any] = {**tree, "splits": splits, "classes": tuple(tree["classes"])}
+        manifest = Manifest(**fields, sha256=hashlib.sha256(content).hexdigest())
+        if set(splits) != {"train", "val"}:
+            raise ValueError(f"splits are {sorted(splits)}")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: is damaged or of another version ({error}); remove it and {REMEDY}") from error
+    for split in manifest.splits.values():
+        if measure(path.parent / split.file) != (split.bytes, split.samples, split.tables_sha256):
+            raise UserError(f"{path.parent / split.file}: is not the file that {NAME} describes; {REMEDY}")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``folder``/manifest.json so that it is there whole or not at all."""
+    tree = {"version": VERSION, **asdict(manifest)}
+    del tree["sha256"]
+    write_atomically(folder / NAME, (json.dumps(tree, indent=1) + "\n").encode())
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a finished temporary file its final name, once its bytes are on the disk."""
+    _sync(temporary)
+    os.replace(temporary, final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def measure(path: Path) -> tuple[int, int, str]:
+    """(bytes, samples, sha256 of header and tables) of a .beton file with one image and one label per sample.
+
+    Raises:
+        UserError: unreadable, unfinished (FFCV writes the address of the last table at the very end) or truncated.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            block = file.read(HeaderType.itemsize)
+            if len(block) < HeaderType.itemsize:
+                raise UserError(f"{path}: is truncated; {REMEDY}")
+            header = np.frombuffer(block, HeaderType)[0]
+            fields, samples, table = int(header["num_fields"]), int(header["num_samples"]), int(header["alloc_table_ptr"])
+            if header["version"] != CURRENT_VERSION or fields != 2:
+                raise UserError(f"{path}: is not a .beton file of images and labels; {REMEDY}")
+            if table == 0:
+                raise UserError(f"{path}: is unfinished, its writer was stopped; {REMEDY}")
+            metadata = fields * FieldDescType.itemsize + samples * get_metadata_type([RGBImageField(), IntField()]).itemsize
+            if HeaderType.itemsize + metadata > table or table + samples * ALLOC_TABLE_TYPE.itemsize != size:
+                raise UserError(f"{path}: is truncated or damaged, its size does not fit its header; {REMEDY}")
+            digest.update(block + file.read(metadata))
+            file.seek(table)
+            digest.update(file.read())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
+    return size, samples, digest.hexdigest()

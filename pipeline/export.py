@@ -1,0 +1,59 @@
+"""Exports: a folder that timm loads by ``timm.create_model("local-dir:FOLDER", pretrained=True)`` after ``import pipeline``.
+
+Holds model.safetensors (fp32 weights), config.json (architecture and its arguments) and recipe.yaml (how it was trained). Loading
+needs neither DeepSpeed nor a checkpoint.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import yaml
+from timm.models import save_for_hf
+from torch import nn
+
+from pipeline.errors import UserError
+from pipeline.recipe import STORED, Recipe
+
+FOLDER = "export"  # inside a run folder
+
+
+def export(model: nn.Module, recipe: Recipe, classes: Sequence[str], folder: Path) -> None:
+    """Write ``model`` (weights on any device) to ``folder``, replacing an earlier export once the new one is complete."""
+    temporary, replaced = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    size = recipe.data.image_size
+    config = {"label_names": list(classes), "pretrained_cfg": {"input_size": [3, size, size]}}
+    save_for_hf(model, str(temporary), model_config=config, model_args=dict(recipe.model.args), safe_serialization=True)
+    (temporary / STORED).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, replaced)
+    os.rename(temporary, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def find_export(folder: Path) -> Path:
+    """The export in a run folder, or ``folder`` itself if it is one.
+
+    Raises:
+        UserError: there is no export.
+    """
+    for candidate in (folder, folder / FOLDER):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise UserError(f"{folder}: holds no export (config.json); `coda export RUN` makes one of a run with a checkpoint")
+
+
+def load_export(folder: Path) -> nn.Module:
+    """The exported model in evaluation mode.
+
+    Raises:
+        UserError: the export is damaged.
+    """
+    try:
+        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except Exception as error:  # timm, json and safetensors each raise their own on a damaged file
+        raise UserError(f"export {folder}: cannot be loaded: {error}; `coda export RUN` writes it anew") from error

@@ -1,0 +1,138 @@
+"""Pictures of explanations, as PNG files: contribution maps beside their images, and localisation against distance.
+
+The colour rendering of contributions at the input encoding follows the figures of Böhle, Fritz, Schiele, arXiv 2109.13004.
+"""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import CenteredNorm
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.files import write_atomically
+
+PERCENTILE = 99.5  # contributions beyond it are shown at full strength, so that a few strong pixels do not hide the rest
+SIGNED_COLOURS = "RdBu_r"  # blue against, red for the class; told apart by colour-blind readers
+CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+MARKERS = "osD^vP*X"
+BACKGROUND = 0.5  # grey on which both white and black contributions show
+
+
+def contribution_sheet(
+    images: Tensor, maps: Sequence[Tensor], titles: Sequence[str], path: str | Path, *, row_titles: Sequence[str] = ()
+) -> None:
+    """Write a sheet with one row per image: the image, then one column per entry of ``maps``.
+
+    Args:
+        images: (R, 3, H, W), RGB in [0, 1].
+        maps: of each column either (R, h, w), signed contributions, drawn from blue (against) over white to red (for)
+            with each map scaled to its own strongest contributions; or (R, 6, H, W), contributions at the input encoding,
+            drawn in colour by ``colour_rendering``. Resolutions may differ between columns.
+        titles: of the columns of maps.
+        path: PNG file, replaced at once when it is complete.
+        row_titles: one per image, for instance the class explained.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    rows, columns = len(images), 1 + len(maps)
+    if len(titles) != len(maps) or any(len(column) != rows for column in maps) or len(row_titles) not in (0, rows):
+        raise ValueError(f"a sheet of {rows} images and {len(maps)} columns of maps needs as many rows in each, and as many titles")
+    figure = Figure(figsize=(2.0 * columns + 0.6, 2.0 * rows + 0.9), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    signed = None
+    for row in range(rows):
+        axes[row, 0].imshow(_channels_last(images[row]), interpolation="nearest")
+        for column, stack in enumerate(maps, start=1):
+            if stack.ndim == 4:
+                axes[row, column].imshow(_channels_last(colour_rendering(stack[row])), interpolation="nearest")
+            else:
+                signed = _show_signed(axes[row, column], stack[row])
+        if row_titles:
+            axes[row, 0].set_ylabel(row_titles[row])
+    for axis, title in zip(axes[0], ["image", *titles], strict=True):
+        axis.set_title(title, fontsize=10)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    if signed is not None:
+        bar = figure.colorbar(signed, ax=axes, orientation="horizontal", ticks=[-1, 0, 1], aspect=40, shrink=0.6, pad=0.02)
+        bar.ax.set_xticklabels(["against the class", "0", "for the class"])
+        bar.set_label(f"contribution, each map on its own scale (full colour: percentile {PERCENTILE} of its size)", fontsize=8)
+    _write(figure, path)
+
+
+def colour_rendering(contributions: Tensor) -> Tensor:
+    """Contributions (6, H, W) at the input encoding as an RGB picture (3, H, W) in [0, 1] on grey.
+
+    A pixel shows the colour it contributes with, r / (r + (1-r)) and so on of the positive contributions of the encoded
+    channels; it is the more opaque the larger its summed contribution, and transparent where that is negative.
+    """
+    positive = contributions.clamp(min=0)
+    pair = positive[:3] + positive[3:]
+    colour = positive[:3] / torch.where(pair == 0, 1, pair)
+    strength = contributions.sum(0).clamp(min=0)
+    alpha = (strength / _scale(strength)).clamp(max=1)
+    return alpha * colour + (1 - alpha) * BACKGROUND
+
+
+def depth_curves(curves: Mapping[str, Iterable[tuple[float, float]]], chance: float, path: str | Path, *, threshold: float = 0.5) -> None:
+    """Write the mean localisation of each layer's contributions against the layer's distance from the output.
+
+    Args:
+        curves: by name, (distance, score) points in any order.
+        chance: score of an uninformative map, 1 / n².
+        path: PNG file, replaced at once when it is complete.
+        threshold: drawn as a line; the interpretable depth is where a curve last reaches it.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for index, (name, points) in enumerate(curves.items()):
+        distances, scores = zip(*sorted(points), strict=True)
+        colour, marker = CURVE_COLOURS[index % len(CURVE_COLOURS)], MARKERS[index % len(MARKERS)]
+        axis.plot(distances, scores, color=colour, marker=marker, markersize=6, label=name)
+    axis.axhline(threshold, color="0.35", linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
+    axis.axhline(chance, color="0.35", linestyle=":", linewidth=1.5, label=f"chance {chance:.3g}")
+    axis.set(xlim=(-0.02, 1.02), ylim=(0, 1.02), ylabel="mean localisation")
+    axis.set_xlabel("distance from the output (share of parametric layers; 1 is the input)")
+    axis.grid(color="0.9")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    _write(figure, path)
+
+
+def _show_signed(axis: Axes, contributions: Tensor) -> ScalarMappable:
+    """Draws one signed map (h, w), scaled to [-1, 1]."""
+    scaled = (contributions / _scale(contributions)).clamp(-1, 1)
+    return axis.imshow(_array(scaled), cmap=SIGNED_COLOURS, norm=CenteredNorm(0, 1), interpolation="nearest")
+
+
+def _scale(values: Tensor) -> float:
+    """A high percentile of the absolute values; their maximum where that is 0, and 1 where all are."""
+    size = np.abs(_array(values))
+    return float(np.percentile(size, PERCENTILE)) or float(size.max()) or 1.0
+
+
+def _channels_last(image: Tensor) -> np.ndarray:
+    return _array(image.clamp(0, 1)).transpose(1, 2, 0)  # (C, H, W) -> (H, W, C)
+
+
+def _array(values: Tensor) -> np.ndarray:
+    return values.detach().float().cpu().numpy()
+
+
+def _write(figure: Figure, path: str | Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    try:
+        write_atomically(Path(path), picture.getvalue())
+    except OSError as error:
+        raise UserError(f"cannot write the picture {path}: {error.strerror}") from error

@@ -1,0 +1,87 @@
+"""The Dynamic Alignment Unit as a convolution (Böhle, Fritz, Schiele, arXiv 2109.13004, section 3)."""
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.dau_functional import dynamic_dot
+
+Norm = Literal["sq", "l2", "wb"]
+NORM2_FLOOR = 1e-12  # below it a weight counts as zero: its rescaling is constant there, so that gradients stay finite
+
+
+class DAUConv2d(nn.Module):
+    """Convolution whose weights are computed from each patch, y_o = g(A_o B x + b_o)^T x.
+
+    g keeps the direction of the dynamic weight w and bounds its norm, so that |y_o| <= |x| for any parameters:
+
+    * ``"l2"``: norm 1, y = <w, x> / |w|;
+    * ``"sq"``: squashing, norm |w|^2 / (1 + |w|^2), y = <w, x> |w| / (1 + |w|^2);
+    * ``"wb"``: the bound |A_o z| <= |A_o|_F |z| instead of the norm, y = <w, x> / (|A_o|_F |z|); has no bias b.
+
+    Shape: (B, in_channels, H, W) -> (B, out_channels, H', W') with H', W' as in ``nn.Conv2d``. Computes in the parameters'
+    precision even under autocast. Differentiable once.
+
+    Parameters ``down.weight`` is B (rank, in_channels, k, k); ``up_weight`` is A (out_channels, in_channels * k * k, rank);
+    ``up_bias`` is b (out_channels, in_channels * k * k) or None. d is ordered as ``nn.functional.unfold`` orders it.
+
+    Attribute ``explaining``: while True, the dynamic weights are constants of the backward pass (explanation mode), so that
+    the layer is exactly linear in its input and input x gradient gives exact contributions.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        rank: int,
+        norm: Norm = "sq",
+        bias: bool = True,
+    ):
+        super().__init__()
+        if norm not in get_args(Norm):
+            raise ValueError(f"norm is {norm!r}; valid: {', '.join(get_args(Norm))}")
+        if rank < 1:
+            raise ValueError(f"rank is {rank}; it must be at least 1")
+        fan_in = in_channels * kernel_size**2
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
+        self.stride, self.padding, self.rank, self.norm = stride, padding, rank, norm
+        self.explaining = False
+        self.down = nn.Conv2d(in_channels, rank, kernel_size, stride=stride, padding=padding, bias=False)
+        self.up_weight = nn.Parameter(torch.empty(out_channels, fan_in, rank))
+        self.up_bias = nn.Parameter(torch.empty(out_channels, fan_in)) if bias and norm != "wb" else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw A, B and b as ``nn.Conv2d`` would in the official two-convolution form: uniform in +- 1/sqrt(fan in)."""
+        self.down.reset_parameters()
+        for parameter in (self.up_weight, self.up_bias):
+            if parameter is not None:
+                nn.init.uniform_(parameter, -1 / math.sqrt(self.rank), 1 / math.sqrt(self.rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.up_weight.dtype)
+            z_map = self.down(x)  # (B, r, H', W')
+            z = z_map.permute(0, 2, 3, 1).reshape(-1, self.rank)  # (N, r)
+            weight: Tensor = self.up_weight
+            bias: Tensor | None = self.up_bias
+            if self.explaining:
+                z, weight, bias = z.detach(), weight.detach(), None if bias is None else bias.detach()
+            dot, norm2 = dynamic_dot(x, z, weight, bias, self.kernel_size, self.stride, self.padding, self.norm != "wb")
+            if norm2 is None:
+                norm2 = z.square().sum(1, keepdim=True) * weight.square().sum((1, 2))  # (N, 1) * (O,)
+            norm = norm2.clamp_min(NORM2_FLOOR).sqrt()
+            y = dot / (norm + 1 / norm) if self.norm == "sq" else dot / norm
+            return y.view(len(x), *z_map.shape[2:], -1).permute(0, 3, 1, 2)  # (N, O) -> (B, O, H', W')
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, rank={self.rank}, norm={self.norm}, bias={self.up_bias is not None}"
+        )

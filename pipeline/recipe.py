@@ -1,0 +1,300 @@
+"""A recipe: one YAML file that holds every number of a run.
+
+``load`` reads it, applies ``section.key=value`` overrides, checks types, ranges and everything that depends on more
+than one field, and returns frozen dataclasses. Nothing else in the pipeline owns a batch size, a precision or a rate.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from pipeline.errors import UserError
+
+STORED = "recipe.yaml"  # name of the resolved recipe in a run folder and in an export
+
+Metric = Literal["accuracy", "completeness", "localisation", "depth"]
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """Which timm model, and the keyword arguments of ``timm.create_model`` (temperature, rank, conv_stages, ...)."""
+
+    name: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Where images come from, where the ``.beton`` files go, and how training images are augmented."""
+
+    source: str  # a name in pipeline.data.sources.SOURCES
+    image_size: int  # side in pixels of the square images that the model sees
+    path: str | None = None  # folder or tar of the source, where it needs one
+    prepared: str = "data"  # `coda prepare` writes train.beton, val.beton and manifest.json into <prepared>/<source>-<size>
+    write_mode: Literal["raw", "jpg"] = "raw"
+    workers: int = 2  # threads of each loader; never more than the processors this process may use
+    flip: bool = False  # horizontal flip with probability 1/2
+    crop_padding: int = 0  # random shift by up to this many pixels, zeros outside
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the prepared files, shared by every run on the same source and size."""
+        return Path(self.prepared) / f"{self.source}-{self.image_size}"
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """Optimisation. An update is one optimiser step on ``global_batch_size`` images, whatever the world size."""
+
+    epochs: int
+    global_batch_size: int
+    learning_rate: float
+    optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
+    micro_batch_size: int | None = None  # images per process and backward pass; None: global_batch_size / world size
+    weight_decay: float = 0.0
+    momentum: float = 0.9  # sgd only
+    warmup_epochs: float = 0.0
+    clip_grad_norm: float = 0.0  # 0: no clipping
+    loss: Literal["bce", "cross_entropy"] = "bce"
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, parameters stay fp32
+    zero_stage: int = 0
+    checkpoint_every_updates: int | None = None  # beside the checkpoint at the end of every epoch
+
+
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    """Which metrics are computed after every ``every_epochs`` epochs and, in full, after the last."""
+
+    every_epochs: int = 1
+    metrics: tuple[Metric, ...] = ("accuracy",)  # while training
+    final_metrics: tuple[Metric, ...] = ("accuracy", "completeness", "localisation", "depth")
+    batch_size: int = 128
+    grid_size: int = 3  # n of the n x n grid pointing game
+    grids: int = 100  # grids of the localisation metrics
+    completeness_images: int = 128  # images of the completeness metric
+
+
+@dataclass(frozen=True)
+class TrackingRecipe:
+    """Where metrics go. ``uri: null`` is an SQLite file beside the runs."""
+
+    uri: str | None = None
+    experiment: str = "coda"
+    log_every_updates: int = 10
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run. Its folder is ``<runs>/<name>``."""
+
+    name: str
+    model: ModelRecipe
+    data: DataRecipe
+    training: TrainingRecipe
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    tracking: TrackingRecipe = field(default_factory=TrackingRecipe)
+    seed: int = 0
+    runs: str = "runs"
+
+    @property
+    def folder(self) -> Path:
+        """The run folder: checkpoints, journal, resolved recipe, exports."""
+        return Path(self.runs) / self.name
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow's tracking URI, with the default filled in."""
+        return self.tracking.uri or f"sqlite:///{(Path(self.runs) / 'mlflow.db').resolve()}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts and scalars, ready for YAML or JSON."""
+        return _plain(dataclasses.asdict(self))
+
+    def identity(self) -> dict[str, Any]:
+        """The values that decide the weights, by dotted key: a run is resumed only with the same ones."""
+        places = ("runs", "evaluation", "tracking", "data.path", "data.prepared", "data.workers")
+        free = (*places, "training.micro_batch_size", "training.checkpoint_every_updates")
+        return {key: value for key, value in flatten(self.to_dict()).items() if not key.startswith(free)}
+
+    def micro_batch(self, world_size: int) -> tuple[int, int]:
+        """Images per process and backward pass, and backward passes per update.
+
+        Raises:
+            UserError: the global batch is not a whole number of micro batches of all processes.
+        """
+        batch = self.training.global_batch_size
+        micro = self.training.micro_batch_size or max(batch // world_size, 1)
+        if batch % (micro * world_size):
+            raise UserError(
+                f"training.global_batch_size {batch} is not a multiple of micro batch {micro} x {world_size} processes: "
+                "choose training.micro_batch_size or the number of processes so that it is"
+            )
+        return micro, batch // (micro * world_size)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check the recipe at ``path``; each override is ``section.key=value`` with a YAML value.
+
+    Raises:
+        UserError: unreadable file, bad YAML, unknown key, wrong type, or values that do not fit together.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"recipe {path}: cannot be read: {error.strerror}; ready-made ones are in recipes/") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe {path}: is not UTF-8 text") from error
+    tree = _yaml(text, f"recipe {path}")
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {path}: must be a mapping of keys to values, found {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    return from_dict(tree, f"recipe {path}")
+
+
+def from_dict(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Build and check a recipe from plain data, such as ``Recipe.to_dict`` returns. Raises UserError as ``load`` does."""
+    recipe = _build(Recipe, tree, "", where)
+    _check(recipe, where)
+    return recipe
+
+
+def load_stored(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that a run folder or an export was made with, overridden as in ``load``.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    if not (folder / STORED).is_file():
+        raise UserError(f"{folder}: holds no {STORED}, so it is neither a run nor an export; `coda train RECIPE` makes a run")
+    return load(folder / STORED, overrides)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one level of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or 'cannot be parsed'}") from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, sign, value = override.partition("=")
+    if not sign or not key:
+        raise UserError(f"override {override!r}: must look like section.key=value")
+    *sections, last = key.split(".")
+    for section in sections:
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            raise UserError(f"override {override!r}: {section} is a value, not a section")
+    tree[last] = _yaml(value, f"override {override!r}")
+
+
+def _build(cls: Any, tree: Any, prefix: str, where: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{where}: {prefix.rstrip('.')} must be a section of keys, found {tree!r}")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"valid keys: {', '.join(hints)}"
+            raise UserError(f"{where}: unknown key {prefix}{key}; {hint}")
+        values[key] = _convert(hints[key], value, f"{prefix}{key}", where)
+    for item in dataclasses.fields(cls):
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and item.name not in values:
+            raise UserError(f"{where}: {prefix}{item.name} is missing; it has no default")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
+    """``value`` as the annotated type ``hint``; YAML reads 1e-3 as text and 1 as an integer, both are welcome as floats."""
+    origin, choices = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{key}.", where)
+    if origin is types.UnionType:
+        return None if value is None else _convert(choices[0], value, key, where)
+    if origin is Literal:
+        if value in choices:
+            return value
+        raise UserError(f"{where}: {key} is {value!r}; valid: {', '.join(map(str, choices))}")
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(choices[0], item, key, where) for item in value)
+    if origin is Mapping and isinstance(value, Mapping):
+        return dict(value)
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif hint in (int, str, bool) and type(value) is hint:
+        return value
+    names = {tuple: "a list", Mapping: "a mapping", float: "a number", int: "a whole number", str: "text", bool: "true or false"}
+    raise UserError(f"{where}: {key} is {value!r}; it must be {names[origin or hint]}")
+
+
+def _check(recipe: Recipe, where: str) -> None:
+    training, data, evaluation = recipe.training, recipe.data, recipe.evaluation
+    rules = [
+        ("name", recipe.name, bool(recipe.name) and Path(recipe.name).name == recipe.name, "a single folder name"),
+        ("seed", recipe.seed, 0 <= recipe.seed < 2**32, "between 0 and 2^32 - 1"),
+        ("data.image_size", data.image_size, data.image_size > 0, "at least 1"),
+        ("data.workers", data.workers, data.workers > 0, "at least 1"),
+        ("data.crop_padding", data.crop_padding, 0 <= data.crop_padding < data.image_size, "between 0 and the image size"),
+        ("training.epochs", training.epochs, training.epochs > 0, "at least 1"),
+        ("training.global_batch_size", training.global_batch_size, training.global_batch_size > 0, "at least 1"),
+        ("training.micro_batch_size", training.micro_batch_size, (training.micro_batch_size or 1) > 0, "at least 1"),
+        ("training.learning_rate", training.learning_rate, 0 < training.learning_rate < float("inf"), "positive and finite"),
+        ("training.weight_decay", training.weight_decay, training.weight_decay >= 0, "0 or more"),
+        ("training.momentum", training.momentum, 0 <= training.momentum < 1, "in [0, 1)"),
+        ("training.warmup_epochs", training.warmup_epochs, 0 <= training.warmup_epochs <= training.epochs, "between 0 and epochs"),
+        ("training.clip_grad_norm", training.clip_grad_norm, training.clip_grad_norm >= 0, "0 (off) or more"),
+        (
+            "training.zero_stage",
+            training.zero_stage,
+            training.zero_stage in (0, 1, 2),
+            "0, 1 or 2 (stage 3 shards the parameters themselves, which models of this size do not need)",
+        ),
+        (
+            "training.checkpoint_every_updates",
+            training.checkpoint_every_updates,
+            (training.checkpoint_every_updates or 1) > 0,
+            "at least 1",
+        ),
+        ("evaluation.every_epochs", evaluation.every_epochs, evaluation.every_epochs > 0, "at least 1"),
+        ("evaluation.batch_size", evaluation.batch_size, evaluation.batch_size > 0, "at least 1"),
+        ("evaluation.grid_size", evaluation.grid_size, evaluation.grid_size > 1, "at least 2"),
+        ("evaluation.grids", evaluation.grids, evaluation.grids > 0, "at least 1"),
+        ("evaluation.completeness_images", evaluation.completeness_images, evaluation.completeness_images > 0, "at least 1"),
+        ("tracking.log_every_updates", recipe.tracking.log_every_updates, recipe.tracking.log_every_updates > 0, "at least 1"),
+    ]
+    for key, value, valid, remedy in rules:
+        if not valid:
+            raise UserError(f"{where}: {key} is {value!r}; it must be {remedy}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

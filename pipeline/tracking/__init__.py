@@ -1,0 +1,244 @@
+"""MLflow tracking, journal first.
+
+All that a run has to tell is appended to ``<folder>/journal.jsonl``; one background thread brings the journal to MLflow
+and keeps the number of bytes MLflow has acknowledged in ``<folder>/journal.offset``. So a server that is slow or down
+neither stops training nor fails it, and ``sync`` sends later what is missing. MLflow's stores ignore exact repeats of
+(key, value, timestamp, step): what was not acknowledged is simply sent again, so nothing is lost and nothing is doubled.
+"""
+
+import importlib.metadata
+import json
+import logging
+import math
+import queue
+import socket
+import subprocess
+import threading
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pipeline.distributed import World
+from pipeline.errors import UserError
+from pipeline.recipe import STORED, Recipe, flatten, load_stored
+from pipeline.tracking.journal import JOURNAL, RUN_KEY, URI, Journal, Sender
+
+log = logging.getLogger(__name__)
+
+_IMAGES, _EPOCH, _LAYER = "images seen", "epoch", "layer index, from the output back to the input"
+METRICS = {  # name -> (meaning, what its steps count)
+    "train/loss": ("loss of the last update, mean over its images", _IMAGES),
+    "train/learning_rate": ("learning rate of the last update", _IMAGES),
+    "speed/images_per_second": ("training images per second, all processes together", _IMAGES),
+    "val/loss": ("loss, mean over the validation images", _EPOCH),
+    "val/top1": ("share of validation images whose largest logit is the label's", _EPOCH),
+    "val/top5": ("share of validation images whose label has one of the five largest logits", _EPOCH),
+    "interp/completeness_error": ("|sum of contributions - T (logit - b0)| / sum of |contributions|", _EPOCH),
+    "interp/localisation": ("grid pointing game at the input, mean", _EPOCH),
+    "interp/localisation_median": ("grid pointing game at the input, median", _EPOCH),
+    "interp/localisation_junction": ("grid pointing game where the CoDA part begins, mean", _EPOCH),
+    "interp/localisation_junction_median": ("grid pointing game where the CoDA part begins, median", _EPOCH),
+    "interp/depth": ("interpretable depth: the largest distance from the output that still localises", _EPOCH),
+    "interp/area": ("area under the curve of localisation against distance from the output", _EPOCH),
+    "interp/grids": ("number of grids behind the localisation", _EPOCH),
+    "interp/localisation_by_layer": ("mean localisation of each layer, at the end of the run", _LAYER),
+}
+_VALUE_LENGTH = 6000  # characters of a parameter
+_SEND_SECONDS, _BACK_OFF_SECONDS = 2.0, 60.0  # between two looks at the journal: normally, and at most after failures
+_CLOSE_SECONDS = 60.0
+_DISTRIBUTIONS = ("coda-pipeline", "torch", "timm", "deepspeed", "ffcv", "mlflow")
+
+
+class Tracker:
+    """Takes what a run has to tell, and forgets it: this class itself is the tracker of all processes but the main one.
+
+    A context manager: leaves the run FINISHED, after an exception FAILED, after KeyboardInterrupt or SystemExit KILLED.
+    """
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run; None until MLflow has it."""
+        return None
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Note values at a step. A second value for one (name, step) is dropped: a resumed run computes the same again.
+
+        NaN and infinity, which MLflow does not keep as such, become the tag ``nonfinite/<name>``.
+
+        Raises:
+            ValueError: a name that METRICS does not have.
+        """
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags; the last value stays."""
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Have the file at ``path`` copied into ``folder`` of the run's artifacts, as it is when its turn comes."""
+
+    def sync_to_disk(self) -> None:
+        """Return once the journal is on the disk. Called before a checkpoint, it keeps the journal from being behind."""
+
+    def flush(self, timeout: float = 60.0) -> bool:
+        """``sync_to_disk``, then one attempt, of ``timeout`` seconds at most, to bring MLflow up to date; its success."""
+        return True
+
+    def close(self, status: str = "FINISHED") -> None:
+        """End the run as FINISHED, FAILED or KILLED; waits for MLflow, but not for long. A second call does nothing."""
+
+    def history(self) -> dict[tuple[str, int], float]:
+        """All metrics of the run since its first start: (name, step) -> value."""
+        return {}
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        killed = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
+        self.close("FINISHED" if kind is None else "KILLED" if killed else "FAILED")
+
+
+def open_tracker(recipe: Recipe, folder: Path, world: World, *, tags: Mapping[str, str] | None = None) -> Tracker:
+    """The tracker of the run in ``folder``, new or resumed, whose resolved recipe is stored in ``folder/recipe.yaml``.
+
+    Raises:
+        UserError: a tracking URI that MLflow does not take, or a damaged journal.
+    """
+    if not URI.fullmatch(recipe.tracking_uri):
+        valid = "sqlite:///FILE, http(s)://HOST:PORT, or a postgresql://, mysql:// or mssql:// address"
+        raise UserError(f"tracking.uri is {recipe.tracking_uri!r}; it must be {valid}")
+    if not world.is_main:
+        return Tracker()
+    tracker = _JournalTracker(recipe, folder)
+    tracker.tags({**_origin(), "world_size": str(world.size), **(tags or {})})
+    return tracker
+
+
+def sync(folder: Path) -> int:
+    """Send what the journal of a finished or dead run holds beyond the acknowledged offset; the number of lines sent.
+
+    Raises:
+        UserError: no journal or no valid recipe.yaml in ``folder``, or MLflow cannot be reached.
+    """
+    folder = Path(folder).resolve()
+    if not (folder / JOURNAL).is_file():
+        raise UserError(f"{folder}: has no journal.jsonl; `coda sync` takes the folder of a run")
+    recipe = replace(load_stored(folder), runs=str(folder.parent))  # the folder may have been moved
+    sent = 0
+    try:
+        for lines in tqdm(Sender(recipe, folder).send(), desc="sync", unit=" batches", disable=None):
+            sent += lines
+    except Exception as error:  # of MLflow, of a database driver or of the network: the store cannot be reached
+        raise UserError(f"{folder}: MLflow took {sent} lines, then failed; sync again later: {error!r:.300}") from error
+    return sent
+
+
+class _JournalTracker(Tracker):
+    """The tracker of the main process: the journal, and the thread that sends it."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self._folder = Path(folder).resolve()
+        self._journal = Journal(self._folder / JOURNAL)
+        self._sender = Sender(recipe, self._folder)
+        self._closed = False
+        if not self._journal.size:
+            self.tags({RUN_KEY: uuid.uuid4().hex})
+        params, known = {key: _text(value) for key, value in flatten(recipe.to_dict()).items()}, self._journal.known
+        self._journal.append("param", {key: value for key, value in params.items() if key not in known["param"]})
+        # MLflow lets no parameter change: one that did since the first start stands beside it as a tag.
+        self.tags({key: value for key, value in params.items() if key in known["tag"] or known["param"][key] != value})
+        self.artifact(self._folder / STORED)
+        self._journal.append("status", {"status": "RUNNING"})
+        self._requests: queue.SimpleQueue[threading.Event | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._send_until_closed, name="mlflow-sender", daemon=True)
+        self._thread.start()
+
+    @property
+    def run_id(self) -> str | None:
+        return self._sender.run_id
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        step, numbers = int(step), {name: float(value) for name, value in values.items()}
+        for name in numbers:
+            if name not in METRICS:
+                raise ValueError(f"metric {name!r} does not stand in pipeline.tracking.METRICS")
+        known = self._journal.known["metric"]
+        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        self._journal.append("metric", {name: value for name, value in finite.items() if (name, step) not in known}, step=step)
+        self.tags({f"nonfinite/{name}": f"{value} at step {step}" for name, value in numbers.items() if name not in finite})
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        known = self._journal.known["tag"]
+        self._journal.append("tag", {key: text[:_VALUE_LENGTH] for key, text in values.items() if known.get(key) != text})
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        path = Path(path).resolve()
+        inside = path.is_relative_to(self._folder)
+        self._journal.append("artifact", {str(path.relative_to(self._folder) if inside else path): folder})
+
+    def sync_to_disk(self) -> None:
+        self._journal.sync_to_disk()
+
+    def flush(self, timeout: float = 60.0) -> bool:
+        if not self._closed:
+            self.sync_to_disk()
+            done = threading.Event()
+            self._requests.put(done)
+            done.wait(timeout)
+        return self._sender.offset >= self._journal.size
+
+    def close(self, status: str = "FINISHED") -> None:
+        if self._closed:
+            return
+        self._journal.append("status", {"status": status})
+        if not self.flush(_CLOSE_SECONDS):
+            log.warning("MLflow does not have all of this run yet; `coda sync %s` sends the rest", self._folder)
+        self._closed = True
+        self._requests.put(None)
+        self._journal.close()
+
+    def history(self) -> dict[tuple[str, int], float]:
+        return dict(self._journal.known["metric"])
+
+    def _send_until_closed(self) -> None:
+        pause, failures = 0.0, 0
+        while True:
+            try:
+                request = self._requests.get(timeout=pause)
+            except queue.Empty:
+                request = threading.Event()
+            if request is None:
+                return
+            try:
+                for _ in self._sender.send():
+                    pass
+                failures = 0
+            except Exception as error:  # of MLflow, a database driver or the network: the journal keeps it, try again
+                if not failures:
+                    log.warning("MLflow cannot be reached; training goes on, the journal is sent later: %.300r", error)
+                failures += 1
+            pause = min(_SEND_SECONDS * 2**failures, _BACK_OFF_SECONDS)
+            request.set()
+
+
+def _text(value: object) -> str:
+    return (value if isinstance(value, str) else json.dumps(value))[:_VALUE_LENGTH]
+
+
+def _origin() -> dict[str, str]:
+    """Tags: host, versions of the building blocks, and the commit where this is a git checkout."""
+    tags = {"host": socket.gethostname()}
+    for name in _DISTRIBUTIONS:
+        try:
+            tags[f"version/{name}"] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True)
+        tags["git_commit"] = answer.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        pass  # no git, no checkout, no commit yet
+    return tags

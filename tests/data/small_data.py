@@ -1,0 +1,26 @@
+"""Recipes and pictures for the data tests."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline.recipe import Recipe, from_dict
+
+
+def recipe(prepared: Path, global_batch_size: int = 64, seed: int = 0, **data: object) -> Recipe:
+    data = {"source": "digits", "image_size": 16, "workers": 1, "prepared": str(prepared), **data}
+    training = {"epochs": 1, "global_batch_size": global_batch_size, "learning_rate": 0.1}
+    return from_dict({"name": "test", "model": {"name": "none"}, "data": data, "training": training, "seed": seed})
+
+
+def write_images(root: Path, **counts: int) -> None:
+    """Write <root>/<split>/{cat,dog}/<number>.png with ``counts[split]`` images per class, of sizes from 40 to 200 pixels."""
+    generator = np.random.default_rng(0)
+    for split, count in counts.items():
+        for label in ("cat", "dog"):
+            (root / split / label).mkdir(parents=True)
+            for number in range(count):
+                coarse = Image.fromarray(generator.integers(0, 256, (5, 5, 3), np.uint8))
+                size = tuple(int(side) for side in generator.integers(40, 201, 2))
+                coarse.resize(size, Image.Resampling.BICUBIC).save(root / split / label / f"{number}.png")

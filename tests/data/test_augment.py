@@ -1,0 +1,80 @@
+"""Augmentation is a pure function of (seed, epoch, sample index), and has the distribution it claims."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.data import augment
+
+INDICES = np.arange(20_000)
+
+
+def obvious_twin(image: torch.Tensor, mirrored: bool, down: int, right: int) -> torch.Tensor:
+    """The pixel of (row, column) comes from (row + down, column + right) of the (mirrored) image, or is 0, one by one."""
+    size = image.shape[-1]
+    result = torch.zeros_like(image)
+    for row in range(size):
+        for column in range(size):
+            if 0 <= row + down < size and 0 <= column + right < size:
+                source = column + right
+                result[:, row, column] = image[:, row + down, size - 1 - source if mirrored else source]
+    return result
+
+
+def test_flip_and_shift_are_the_obvious_ones():
+    indices, padding = INDICES[100:116], 2
+    images = torch.randint(0, 256, (16, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    result = augment.flip_and_shift(images.clone(), 3, 5, indices, True, padding)
+    mirrored = augment.uniform(3, 5, indices, augment.FLIP) < 0.5
+    down, right = (np.floor(augment.uniform(3, 5, indices, s) * 5).astype(int) - padding for s in (augment.SHIFT_DOWN, augment.SHIFT_RIGHT))
+    assert len(set(mirrored)) == 2 and len(set(down)) > 2
+    for number in range(16):
+        assert torch.equal(result[number], obvious_twin(images[number], mirrored[number], down[number], right[number]))
+
+
+def test_flip_is_fair_and_shift_is_uniform():
+    images = torch.zeros(len(INDICES), 3, 9, 9, dtype=torch.uint8)
+    images[:, 0, 4, 4], images[:, 1, :, 0] = 1, 1  # the centre, and the left column
+    flipped = augment.flip_and_shift(images.clone(), 0, 0, INDICES, True, 0)[:, 1, 0, 8].float().mean()
+    assert abs(flipped - 0.5) < 4 * 0.5 / np.sqrt(len(INDICES))  # four standard deviations
+    shifted = augment.flip_and_shift(images, 0, 0, INDICES, False, 4)[:, 0].flatten(1)
+    assert (shifted.sum(1) == 1).all()
+    counts = np.bincount(shifted.argmax(1).numpy(), minlength=81)  # all 9 x 9 places
+    expected = len(INDICES) / 81
+    assert ((counts - expected) ** 2 / expected).sum() < 124.9  # chi square, 80 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize("other", [(1, 0, augment.FLIP), (0, 1, augment.FLIP), (0, 0, augment.SHIFT_DOWN)], ids=["seed", "epoch", "stream"])
+def test_draws_of_other_seeds_epochs_and_streams_are_unrelated(other):
+    seed, epoch, stream = other
+    first, second = augment.uniform(0, 0, INDICES, augment.FLIP), augment.uniform(seed, epoch, INDICES, stream)
+    assert abs(np.corrcoef(first, second)[0, 1]) < 4 / np.sqrt(len(INDICES))
+    assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 4 / np.sqrt(len(INDICES))  # nor are neighbouring samples
+
+
+def test_a_draw_depends_on_its_own_sample_only():
+    alone = augment.uniform(7, 2, INDICES[500:501], augment.FLIP)
+    assert alone == augment.uniform(7, 2, INDICES, augment.FLIP)[500]
+
+
+def test_random_boxes_are_inside_and_cover_the_claimed_areas():
+    generator = np.random.default_rng(0)
+    heights, widths = generator.integers(200, 400, (2, len(INDICES)))
+    top, left, height, width = augment.random_boxes(heights, widths, 0, 0, INDICES).T
+    assert min(top.min(), left.min()) >= 0 and min(height.min(), width.min()) >= 1
+    assert (top + height <= heights).all() and (left + width <= widths).all()
+    area, aspect = height * width / (heights * widths), width / height
+    assert 0.078 < area.min() < 0.09 and area.max() > 0.9
+    assert 0.73 < aspect.min() < 0.77 and 1.3 < aspect.max() < 1.36
+    assert abs(np.log(aspect).mean()) < 0.01  # as often wide as high
+
+
+def test_random_boxes_of_a_narrow_strip_fall_back_to_its_centre():
+    heights, widths = np.full(50, 10), np.full(50, 1000)
+    boxes = augment.random_boxes(heights, widths, 0, 0, np.arange(50))
+    assert (boxes == [0, (1000 - 13) // 2, 10, 13]).all()
+
+
+def test_centre_boxes_are_central_squares():
+    boxes = augment.centre_boxes(np.array([256, 300, 1]), np.array([512, 256, 2]))
+    assert boxes.tolist() == [[16, 144, 224, 224], [38, 16, 224, 224], [0, 0, 1, 1]]

@@ -1,0 +1,198 @@
+"""Loading: exact pixels, every image exactly once, and an order and augmentation that nothing but (seed, epoch) changes."""
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.data.load import Batch, eval_loader, threads, train_loader
+from pipeline.data.sources import open_source
+from pipeline.data.write import open_manifest
+from pipeline.distributed import World
+from pipeline.errors import UserError
+
+AUGMENTED = {"flip": True, "crop_padding": 2}
+
+
+def read(loader, epoch=0, start=0) -> list[Batch]:
+    with loader.epoch(epoch, start) as batches:
+        return list(batches)
+
+
+def assert_equal(first: list[Batch], second: list[Batch]) -> None:
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.fixture(scope="module")
+def augmented(digits):
+    """The augmented training loader of one process; its first epoch."""
+    from small_data import recipe
+
+    loader = train_loader(recipe(digits, **AUGMENTED), World(), 64)
+    return loader, read(loader, 0)
+
+
+def test_digits_come_back_pixel_by_pixel(digits, make_recipe):
+    recipe = make_recipe(prepared=digits)
+    for split, source in open_source(recipe.data).items():
+        loader = eval_loader(recipe, World(), 50, split)
+        batches = read(loader)
+        assert len(batches) == loader.batches_per_epoch and loader.samples == len(source) and loader.classes == source.classes
+        assert batches[0].images.shape == (50, 3, 16, 16) and batches[0].images.is_contiguous()
+        assert [tensor.dtype for tensor in batches[0]] == [torch.uint8, torch.int64, torch.int64]
+        for batch in batches:  # kept until the end, so they are not views of buffers in use
+            for image, label, index in zip(*batch, strict=True):
+                pixels, wanted = source[int(index)]
+                assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels) and label == wanted
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_evaluation_sees_every_image_exactly_once(digits, make_recipe, size):
+    seen: list[int] = []
+    for rank in range(size):
+        batches = read(eval_loader(make_recipe(prepared=digits), World(rank, rank, size), 64))
+        indices = torch.cat([batch.indices for batch in batches]).tolist()
+        assert indices == list(range(rank, 360, size))
+        seen += indices
+    assert sorted(seen) == list(range(360))
+
+
+def test_restart_and_second_worker_change_nothing(digits, make_recipe, augmented):
+    recipe = make_recipe(prepared=digits, workers=min(2, threads(2)), **AUGMENTED)
+    assert_equal(read(train_loader(recipe, World(), 64)), augmented[1])
+
+
+def test_world_sizes_see_the_same_global_batches(digits, make_recipe, augmented):
+    recipe = make_recipe(prepared=digits, **AUGMENTED)
+    loaders = [train_loader(recipe, World(rank, rank, 2), 16) for rank in range(2)]  # two micro batches of 2 x 16 per update
+    assert [loader.batches_per_epoch for loader in loaders] == [44, 44] and augmented[0].batches_per_epoch == 22
+    parts = [read(loader, 0) for loader in loaders]
+    for update, batch in enumerate(augmented[1]):
+        order = [parts[rank][2 * update + micro] for micro in range(2) for rank in range(2)]
+        assert_equal([Batch(*(torch.cat(tensors) for tensors in zip(*order, strict=True)))], [batch])
+
+
+def test_start_continues_the_epoch(augmented):
+    loader, batches = augmented
+    assert_equal(read(loader, 0, start=7), batches[7:])
+    assert read(loader, 0, start=loader.batches_per_epoch) == []
+    assert_equal(read(loader, 0), batches)
+
+
+def test_epochs_and_seeds_differ(digits, make_recipe, augmented):
+    loader, first = augmented
+    second = read(loader, 1)
+    order, other = (torch.cat([batch.indices for batch in batches]) for batches in (first, second))
+    assert len(set(order.tolist())) == len(order) == 22 * 64 and not torch.equal(order, other)
+    pictures, others = (
+        {int(i): image for batch in epoch for image, i in zip(batch.images, batch.indices, strict=True)} for epoch in (first, second)
+    )
+    both = pictures.keys() & others.keys()
+    assert sum(torch.equal(pictures[index], others[index]) for index in both) < len(both) / 10
+    seeded = train_loader(make_recipe(prepared=digits, seed=1), World(), 64)
+    with seeded.epoch(0) as batches:
+        assert not torch.equal(next(batches).indices, first[0].indices)
+
+
+def test_random_crops_depend_on_nothing_but_seed_and_epoch(photos, make_recipe):
+    recipes = [make_recipe(**photos, workers=workers, global_batch_size=8) for workers in (1, min(2, threads(2)))]
+    loaders = [train_loader(recipe, World(), 8) for recipe in recipes]
+    for epoch in (0, 1):
+        assert_equal(read(loaders[0], epoch), read(loaders[1], epoch))
+    first, second = (torch.cat([batch.images for batch in read(loaders[0], epoch)]) for epoch in (0, 1))
+    assert first.shape == (24, 3, 48, 48) and not torch.equal(first, second)
+
+
+def test_evaluation_shows_the_centre_of_photos(photos, make_recipe):
+    recipe = make_recipe(**photos)
+    source = open_source(recipe.data)["val"]
+    for batch in read(eval_loader(recipe, World(), 5)):
+        for image, index in zip(batch.images, batch.indices, strict=True):
+            pixels, _ = source[int(index)]
+            side = round(min(pixels.shape[:2]) * 224 / 256)
+            top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+            centre = torch.from_numpy(pixels[top : top + side, left : left + side].copy()).permute(2, 0, 1)[None].float()
+            expected = torch.nn.functional.interpolate(centre, (48, 48), mode="area" if side >= 48 else "bilinear")[0]
+            assert (image - expected).abs().mean() < 4  # JPEG, and another interpolation
+
+
+def test_damaged_jpeg_is_reported(photos, make_recipe, tmp_path):
+    recipe = make_recipe(**photos)
+    loader = eval_loader(recipe, World(), 4)
+    fields = loader._ffcv.reader.metadata["f0"]
+    damaged = tmp_path / "val.beton"
+    content = bytearray((recipe.data.folder / "val.beton").read_bytes())
+    address = int(fields["data_ptr"][7])
+    content[address : address + 4] = bytes(4)
+    damaged.write_bytes(content)
+    loader._ffcv.reader._fname = str(damaged)
+    with pytest.raises(UserError, match="image 7 cannot be decoded"):
+        read(loader)
+
+
+@pytest.mark.timeout(10)
+def test_error_in_ffcvs_thread_reaches_the_consumer(digits, make_recipe):
+    loader = train_loader(make_recipe(prepared=digits), World(), 64)
+    loader._ffcv.reader.metadata = None  # numba cannot compile the pipeline for it
+    with pytest.raises(RuntimeError, match="reading stopped") as error, loader.epoch(0) as batches:
+        next(batches)
+    assert error.value.__cause__ is not None
+
+
+def test_abandoned_epochs_leave_no_threads(augmented):
+    loader, _ = augmented
+    before = threading.active_count()
+    for epoch in range(20):
+        with loader.epoch(epoch) as batches:
+            next(batches)
+        assert threading.active_count() == before
+    with pytest.raises(ZeroDivisionError), loader.epoch(0) as batches:
+        next(batches)
+        raise ZeroDivisionError
+    with loader.epoch(0, start=20):  # the two last batches wait in the queue, and nobody takes them
+        time.sleep(0.2)
+    assert threading.active_count() == before
+
+
+def test_only_one_epoch_is_open_at_a_time(augmented):
+    loader, batches = augmented
+    with loader.epoch(0):
+        with pytest.raises(RuntimeError, match="open already"), loader.epoch(1):
+            pass
+    assert_equal(read(loader, 0), batches)
+
+
+def test_torch_keeps_its_threads(digits, make_recipe, augmented):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        eval_loader(make_recipe(prepared=digits), World(), 64)
+        assert torch.get_num_threads() == 3
+        with augmented[0].epoch(0) as batches:
+            next(batches)
+            assert torch.get_num_threads() == 3
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_workers_are_limited_to_the_processors(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    with pytest.warns(UserWarning, match="only 1 processor"):
+        assert threads(8) == 1
+
+
+def test_batches_that_do_not_fit_are_refused(digits, make_recipe):
+    with pytest.raises(UserError, match="only 1437 training images"):
+        train_loader(make_recipe(prepared=digits, global_batch_size=2000), World(), 2000)
+    with pytest.raises(UserError, match="not a multiple"):
+        train_loader(make_recipe(prepared=digits), World(0, 0, 3), 16)
+
+
+def test_manifest_identifies_the_files(digits, photos):
+    assert open_manifest(digits / "digits-16").sha256 != open_manifest(Path(photos["prepared"]) / "imagefolder-48").sha256

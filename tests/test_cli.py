@@ -1,0 +1,127 @@
+"""Every mistake of a user ends in one line, exit code 2, and nothing half-written."""
+
+import subprocess
+import sys
+import tarfile
+
+import pytest
+import yaml
+from PIL import Image
+from recipes_for_tests import small_recipe
+
+from pipeline.cli import main
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    """Writes a recipe to a file: changes -> path."""
+
+    def write(**changes):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(small_recipe(tmp_path, **changes).to_dict()))
+        return str(path)
+
+    return write
+
+
+def fails(capsys, arguments, *words):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    last = captured.err.strip().split("\n")[-1].split("\r")[-1]
+    assert last.startswith("coda: ") and "Traceback" not in captured.err
+    for word in words:
+        assert word in last, last
+
+
+def images(folder, broken=None):
+    for split in ("train", "val"):
+        for label in ("cat", "dog"):
+            (folder / split / label).mkdir(parents=True)
+            for index in range(3):
+                Image.new("RGB", (20, 16), (40 * index, 10, 10)).save(folder / split / label / f"{index}.png")
+    if broken:
+        (folder / broken).write_bytes((folder / broken).read_bytes()[:40])
+    return folder
+
+
+def test_a_misspelt_key(recipe_file, capsys):
+    fails(capsys, ["train", recipe_file(), "training.epoch=1"], "training.epoch", "did you mean training.epochs?")
+
+
+def test_a_missing_recipe(capsys, tmp_path):
+    fails(capsys, ["train", str(tmp_path / "none.yaml")], "none.yaml")
+
+
+def test_a_missing_data_folder(recipe_file, tmp_path, capsys):
+    fails(capsys, ["prepare", recipe_file(data__source="imagefolder", data__path=str(tmp_path / "none"))], "none")
+    assert not list((tmp_path / "data").glob("*/*.beton"))
+
+
+def test_an_unknown_source(recipe_file, capsys):
+    fails(capsys, ["prepare", recipe_file(data__source="digit")], "digit", "digits")
+
+
+def test_a_broken_image(recipe_file, tmp_path, capsys):
+    folder = images(tmp_path / "images", broken="train/dog/1.png")
+    fails(capsys, ["prepare", recipe_file(data__source="imagefolder", data__path=str(folder))], "dog/1.png")
+    assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file() and path.name != ".lock"]
+
+
+def test_a_beton_cut_short(recipe_file, tmp_path, capsys):
+    path = recipe_file()
+    assert main(["prepare", path]) == 0
+    beton = tmp_path / "data" / "digits-8" / "train.beton"
+    beton.write_bytes(beton.read_bytes()[:-1000])
+    fails(capsys, ["train", path], "train.beton")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model__name": "coda_resnet2O"}, ["coda_resnet20"]),
+        ({"model__args": {"ranks": 3}}, ["ranks"]),
+        ({"model__args": {"temperature": -1}}, ["temperature", "positive"]),
+        ({"model__name": "coda_resnet20", "model__args": {"conv_stages": 9}}, ["conv_stages"]),
+        ({"training__global_batch_size": 5000}, ["global_batch_size", "1437"]),
+        ({"tracking": {"uri": "ftp://x"}}, ["tracking.uri"]),
+    ],
+)
+def test_values_that_do_not_fit(recipe_file, prepared, capsys, changes, words):
+    fails(capsys, ["train", recipe_file(data__prepared=str(prepared / "data"), **changes)], *words)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export", "compare", "sync"])
+def test_a_folder_that_is_no_run(command, tmp_path, capsys):
+    fails(capsys, [command, str(tmp_path)], str(tmp_path))
+
+
+def test_a_tar_that_is_none(recipe_file, tmp_path, capsys):
+    path = tmp_path / "images.tar"
+    path.write_bytes(b"no tar")
+    fails(capsys, ["prepare", recipe_file(data__source="cifar10", data__path=str(path))], "images.tar")
+    with tarfile.open(path, "w"):
+        pass
+    fails(capsys, ["prepare", recipe_file(data__source="cifar10", data__path=str(path))], "images.tar")
+
+
+def test_the_whole_way(recipe_file, prepared, tmp_path, capsys):
+    path = recipe_file(
+        data__prepared=str(prepared / "data"), evaluation={"final_metrics": ["accuracy", "completeness"]}, training__epochs=1
+    )
+    assert main(["train", path]) == 0
+    table = capsys.readouterr().out
+    assert "mlflow ui --backend-store-uri sqlite:///" in table
+    run = str(tmp_path / "runs" / "small")
+    evaluation = (tmp_path / "runs" / "small" / "evaluation.json").read_text()
+    assert main(["export", run]) == 0
+    assert main(["evaluate", run]) == 0
+    assert (tmp_path / "runs" / "small" / "evaluation.json").read_text() == evaluation
+    assert main(["evaluate", run + "/export"]) == 0
+    assert main(["compare", run, run]) == 0
+    assert capsys.readouterr().out.count("\nsmall ") >= 3
+
+
+def test_the_module_is_the_command():
+    run = subprocess.run([sys.executable, "-m", "pipeline", "--help"], capture_output=True, text=True)
+    assert run.returncode == 0 and "prepare" in run.stdout

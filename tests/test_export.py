@@ -1,0 +1,69 @@
+"""An export is loaded by timm alone, with the logits of the run."""
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from recipes_for_tests import small_recipe
+
+from pipeline.cli import main
+from pipeline.errors import UserError
+from pipeline.export import export, find_export, load_export
+from pipeline.training.model import build_model
+
+ALONE = """
+import sys
+for name in ("deepspeed", "ffcv", "mlflow"):
+    sys.modules[name] = None  # importing it fails
+import timm, torch, pipeline
+model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
+torch.save(model(torch.load(sys.argv[2])), sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [("coda_s", {"rank": 3, "temperature": 77.0}), ("coda_resnet20", {"conv_stages": 1}), ("resnet20", {}), ("resnet18", {})],
+)
+def test_timm_loads_an_export_without_the_training_libraries(tmp_path, name, args):
+    torch.manual_seed(0)
+    recipe = small_recipe(tmp_path, model__name=name, model__args=args)
+    model = build_model(recipe.model, 7).eval()
+    export(model, recipe, [f"class {i}" for i in range(7)], tmp_path / "export")
+    images = torch.rand(2, 3, 32, 32)
+    torch.save(images, tmp_path / "images.pt")
+    paths = [str(tmp_path / part) for part in ("export", "images.pt", "logits.pt")]
+    subprocess.run([sys.executable, "-c", ALONE, *paths], check=True)
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), model(images))
+    again = load_export(tmp_path / "export")
+    assert again.pretrained_cfg["label_names"] == [f"class {i}" for i in range(7)]
+    assert getattr(again, "temperature", 1.0) == args.get("temperature", getattr(model, "temperature", 1.0))
+
+
+def test_an_export_replaces_an_older_one_and_leaves_nothing_else(tmp_path):
+    recipe = small_recipe(tmp_path)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = build_model(recipe.model, 10)
+        export(model, recipe, range(10), tmp_path / "export")
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert torch.equal(load_export(tmp_path / "export").get_classifier().up_weight, model.get_classifier().up_weight)
+
+
+def test_missing_and_damaged_exports_are_one_line(tmp_path, capsys):
+    with pytest.raises(UserError, match="holds no export"):
+        find_export(tmp_path)
+    recipe = small_recipe(tmp_path)
+    export(build_model(recipe.model, 10), recipe, range(10), tmp_path / "export")
+    weights = tmp_path / "export" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_export(tmp_path / "export")
+    assert main(["export", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_names_are_timms():
+    assert timm.is_model("coda_resnet50")

@@ -1,0 +1,90 @@
+"""Recipes: every ready-made one loads, and every mistake gets one line that names the field and the remedy."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.recipe import from_dict, load
+
+ROOT = Path(__file__).resolve().parents[1]
+DIGITS = ROOT / "recipes" / "digits_coda_resnet20.yaml"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_ready_made_recipes_load_and_survive_a_round_trip(path):
+    recipe = load(path)
+    assert recipe.name == path.stem
+    assert from_dict(recipe.to_dict()) == recipe
+    assert f"coda train recipes/{path.name}" in path.read_text()
+
+
+def test_overrides_reach_every_level():
+    recipe = load(DIGITS, ["seed=3", "training.learning_rate=1e-3", "model.args.rank=4", "data.path=null", "training.epochs=7"])
+    assert (recipe.seed, recipe.training.learning_rate, recipe.model.args["rank"], recipe.data.path) == (3, 1e-3, 4, None)
+    assert recipe.training.epochs == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainig.epochs=3", "unknown key trainig; did you mean training?"),
+        ("training.epoch=3", "unknown key training.epoch; did you mean training.epochs?"),
+        ("training.epochs=three", "training.epochs is 'three'; it must be a whole number"),
+        ("training.epochs=true", "training.epochs is True"),
+        ("training.epochs=0", "at least 1"),
+        ("training.optimizer=lamb", "valid: adam, adamw, sgd"),
+        ("training.precision=fp16", "valid: fp32, bf16"),
+        ("training.zero_stage=3", "0, 1 or 2"),
+        ("training.learning_rate=.nan", "positive and finite"),
+        ("training.warmup_epochs=1000", "between 0 and epochs"),
+        ("evaluation.metrics=[accuracy, beauty]", "'beauty'"),
+        ("name=a/b", "a single folder name"),
+        ("model=resnet20", "must be a section"),
+        ("name.first=a", "is a value, not a section"),
+        ("seed", "must look like section.key=value"),
+        ("seed=[", "not valid YAML"),
+        ("data.source=null", "data.source is None"),
+    ],
+)
+def test_mistakes_are_one_clear_line(override, message):
+    with pytest.raises(UserError) as error:
+        load(DIGITS, [override])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- a\n", "must be a mapping"),
+        ("name: [\n", "not valid YAML"),
+        ("name: a\n", "is missing"),
+        (b"\xff\xfe", "UTF-8"),
+        (None, "cannot be read"),
+    ],
+)
+def test_bad_files_are_one_clear_line(tmp_path, content, message):
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message) as error:
+        load(path)
+    assert str(path) in str(error.value)
+
+
+def test_the_global_batch_is_the_same_for_every_world_size():
+    recipe = load(DIGITS, ["training.global_batch_size=96"])
+    assert recipe.micro_batch(1) == (96, 1)
+    assert recipe.micro_batch(4) == (24, 1)
+    recipe = load(DIGITS, ["training.global_batch_size=96", "training.micro_batch_size=8"])
+    assert recipe.micro_batch(4) == (8, 3)
+    with pytest.raises(UserError, match="not a multiple of micro batch 8 x 5"):
+        recipe.micro_batch(5)
+
+
+def test_only_what_decides_the_weights_identifies_a_run():
+    recipe = load(DIGITS)
+    elsewhere = load(DIGITS, ["data.workers=1", "runs=/elsewhere", "evaluation.grids=7", "tracking.uri=http://localhost:1"])
+    assert recipe.identity() == elsewhere.identity()
+    assert recipe.identity() != dataclasses.replace(recipe, seed=9).identity()

@@ -1,0 +1,114 @@
+"""Whole trainings: killed and continued, on one process and two, in parts and at once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import mlflow
+import pytest
+import yaml
+from recipes_for_tests import small_recipe
+
+from pipeline.distributed import process_group
+from pipeline.errors import UserError
+from pipeline.training.loop import train
+
+TIMED = ("speed/",)  # what a clock says is not reproducible
+
+
+def history(recipe):
+    """Metrics in the run's journal, [(name, step, value)] in the order in which they were written."""
+    lines = [json.loads(line) for line in (recipe.folder / "journal.jsonl").read_text().splitlines()]
+    return [(line["key"], line["step"], line["value"]) for line in lines if line["kind"] == "metric"]
+
+
+def losses(recipe):
+    return {step: value for name, step, value in history(recipe) if name == "train/loss"}
+
+
+def command(recipe, folder, processes=1):
+    """A `coda train` of ``recipe`` as a new process (or several under torchrun)."""
+    path = folder / f"{recipe.name}.yaml"
+    path.write_text(yaml.safe_dump(recipe.to_dict()))
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"] if processes > 1 else []
+    return subprocess.Popen([sys.executable, *launcher, "-m", "pipeline", "train", str(path)], stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_and_started_again_ends_as_if_it_had_never_stopped(prepared, tmp_path):
+    changes = dict(model__name="coda_resnet20", model__args={"rank": 2}, training__epochs=3, training__checkpoint_every_updates=4)
+    whole = small_recipe(prepared, name="whole", runs=str(tmp_path / "runs"), **changes)
+    killed = small_recipe(prepared, name="killed", runs=str(tmp_path / "runs"), **changes)
+    first = command(whole, tmp_path)
+    assert first.wait(300) == 0, first.stderr.read()
+    for wanted in ("update-8", "update-22"):  # inside the first epoch, and right after the second, while it goes on
+        process = command(killed, tmp_path)
+        deadline = time.monotonic() + 300
+        while not list((killed.folder / "checkpoints").glob(wanted)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    last = command(killed, tmp_path)
+    assert last.wait(300) == 0, last.stderr.read()
+    weights = [(recipe.folder / "export" / "model.safetensors").read_bytes() for recipe in (whole, killed)]
+    assert weights[0] == weights[1]
+    histories = [[entry for entry in history(recipe) if not entry[0].startswith(TIMED)] for recipe in (whole, killed)]
+    assert sorted(histories[0]) == sorted(histories[1])
+    client = mlflow.MlflowClient(killed.tracking_uri)
+    runs = client.search_runs([client.get_experiment_by_name("coda").experiment_id])
+    assert sorted(run.info.run_name for run in runs) == ["killed", "whole"]
+    for run in runs:
+        assert run.info.status == "FINISHED"
+        points = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "train/loss")]
+        assert sorted(points) == sorted(losses(whole).items())
+
+
+def test_two_processes_follow_the_loss_curve_of_one(prepared, tmp_path):
+    curves = []
+    for processes in (1, 2):
+        recipe = small_recipe(prepared, name=f"on{processes}", runs=str(tmp_path / "runs"), training__epochs=1, training__optimizer="sgd")
+        process = command(recipe, tmp_path, processes)
+        assert process.wait(300) == 0, process.stderr.read()
+        curves.append(losses(recipe))
+    assert len(curves[0]) == 11
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_accumulated_micro_batches_equal_one_batch(prepared, tmp_path):
+    curves = []
+    for micro in (128, 32):
+        recipe = small_recipe(prepared, name=f"micro{micro}", runs=str(tmp_path), training__micro_batch_size=micro, training__epochs=1)
+        with process_group() as world:
+            train(recipe, world)
+        curves.append(losses(recipe))
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)  # clipped AdamW divides rounding by small second moments
+
+
+def test_bf16_autocast_keeps_fp32_parameters_and_learns(prepared, tmp_path):
+    recipe = small_recipe(prepared, name="bf16", runs=str(tmp_path), model__name="resnet20", model__args={}, training__precision="bf16")
+    with process_group() as world:
+        train(recipe, world)
+    curve = list(losses(recipe).values())
+    assert curve[-1] < 0.8 * curve[0]
+
+
+def test_a_run_folder_belongs_to_one_recipe(prepared, tmp_path):
+    recipe = small_recipe(prepared, runs=str(tmp_path), training__epochs=1)
+    with process_group() as world:
+        train(recipe, world)
+        before = {path: path.stat().st_mtime_ns for path in recipe.folder.rglob("*")}
+        with pytest.raises(UserError, match=r"training.learning_rate = 0.003, the recipe says 0.1"):
+            train(small_recipe(prepared, runs=str(tmp_path), training__epochs=1, training__learning_rate=0.1), world)
+    assert {path: path.stat().st_mtime_ns for path in recipe.folder.rglob("*")} == before
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_update(prepared, tmp_path):
+    recipe = small_recipe(
+        prepared, runs=str(tmp_path), model__name="resnet20", model__args={}, training__learning_rate=1e30, training__optimizer="sgd"
+    )
+    with process_group() as world, pytest.raises(UserError, match=r"loss is (nan|inf) at update \d+"):
+        train(recipe, world)
+    assert os.listdir(recipe.folder)
