@@ -22,7 +22,7 @@ from pipeline.recipe import Recipe, load_stored
 
 EVALUATION = "evaluation.json"
 PICTURES = "pictures"
-PICTURED_IMAGES = 8
+PICTURED_IMAGES = 6
 COLUMNS = {  # of the table: metric name -> title
     "val/top1": "top-1",
     "interp/completeness_error": "completeness error",

@@ -8,9 +8,10 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from pipeline.data import manifest
 from pipeline.data.load import Batch, eval_loader, train_loader, unit_range
 from pipeline.data.write import prepare
-from pipeline.distributed import World, average_buffers, barrier, sum_across_ranks
+from pipeline.distributed import World, average_buffers, barrier, gather_across_ranks, sum_across_ranks
 from pipeline.errors import UserError
 from pipeline.evaluate import evaluate
 from pipeline.export import FOLDER, export
@@ -34,12 +35,16 @@ def train(recipe: Recipe, world: World) -> None:
     Raises:
         UserError: the recipe does not fit the data, the number of processes, or the run that is in the folder already.
     """
-    prepare(recipe)
-    _claim_folder(recipe, world)
+    if not gather_across_ranks((recipe.data.folder / manifest.NAME).exists())[0]:
+        prepare(recipe)  # files that are there and damaged are for `coda prepare` to replace, not for a training
+    _refuse_another_run(recipe)
+    run = Run(recipe, world)
+    run.resume()
+    barrier()  # every process has read the folder before one writes
+    if world.is_main:
+        write_atomically(recipe.folder / STORED, yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
     with open_tracker(recipe, recipe.folder, world) as tracker:
-        run = Run(recipe, world, tracker)
-        run.resume()
-        run.finish()
+        run.finish(tracker)
         if world.is_main:
             export(run.engine.module, recipe, run.batches.classes, recipe.folder / FOLDER)
         barrier()
@@ -51,27 +56,23 @@ def train(recipe: Recipe, world: World) -> None:
             tracker.artifact(path)
 
 
-def _claim_folder(recipe: Recipe, world: World) -> None:
-    """Store the resolved recipe in the run folder, unless another run lives there."""
-    path = recipe.folder / STORED
-    if path.exists():
-        stored, wanted = load_stored(recipe.folder).identity(), recipe.identity()
-        for key in sorted({*stored, *wanted}):
-            if stored.get(key) != wanted.get(key):
-                raise UserError(
-                    f"run {recipe.folder}: was started with {key} = {stored.get(key)!r}, the recipe says {wanted.get(key)!r}; "
-                    "give the run another name, or set it back"
-                )
-    barrier()  # every process has read before one writes
-    if world.is_main:
-        write_atomically(path, yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
+def _refuse_another_run(recipe: Recipe) -> None:
+    if not (recipe.folder / STORED).exists():
+        return
+    stored, wanted = load_stored(recipe.folder).identity(), recipe.identity()
+    for key in sorted({*stored, *wanted}):
+        if stored.get(key) != wanted.get(key):
+            raise UserError(
+                f"run {recipe.folder}: was started with {key} = {stored.get(key)!r}, the recipe says {wanted.get(key)!r}; "
+                "give the run another name, or set it back"
+            )
 
 
 class Run:
     """State of one training: engine, loaders, and the number of updates done."""
 
-    def __init__(self, recipe: Recipe, world: World, tracker: Tracker):
-        self.recipe, self.world, self.tracker = recipe, world, tracker
+    def __init__(self, recipe: Recipe, world: World):
+        self.recipe, self.world, self.tracker = recipe, world, Tracker()
         micro_batch, self.accumulation = recipe.micro_batch(world.size)
         self.batches = train_loader(recipe, world, micro_batch)
         self.validation = eval_loader(recipe, world, recipe.evaluation.batch_size)
@@ -93,8 +94,9 @@ class Run:
     def total_updates(self) -> int:
         return self.recipe.training.epochs * self.updates_per_epoch
 
-    def finish(self) -> None:
-        """All epochs that are left, each followed by its evaluation and a checkpoint."""
+    def finish(self, tracker: Tracker) -> None:
+        """All epochs that are left, each followed by its evaluation and a checkpoint; ``tracker`` is told of all of it."""
+        self.tracker = tracker
         hidden = not self.world.is_main
         with tqdm(total=self.total_updates, initial=self.updates, unit="update", desc=self.recipe.name, disable=hidden) as bar:
             while self.updates < self.total_updates:

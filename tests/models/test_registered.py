@@ -128,3 +128,18 @@ def test_conv_stages_moves_the_junction(name):
 
 def test_black_is_as_visible_as_white():
     assert coda_resnet.CoDAResNet.encode(None, torch.zeros(1, 3, 1, 1)).flatten().tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_training_step_of_coda_resnet50_at_full_size_fits_in_8_gib():
+    code = """
+import resource, timm, torch, pipeline
+model = timm.create_model("coda_resnet50", num_classes=10)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+loss = torch.nn.functional.cross_entropy(model(torch.rand(8, 3, 224, 224)), torch.arange(8))
+loss.backward()
+optimizer.step()
+assert loss.isfinite()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # KiB
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(run.stdout.split()[-1]) < 8 * 2**20

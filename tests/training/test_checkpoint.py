@@ -14,14 +14,6 @@ from pipeline.errors import UserError
 from pipeline.training.checkpoint import newest_model
 
 
-class Silent:
-    """Takes what a tracker takes, for tests that only look at weights."""
-
-    def metrics(self, values, step): ...
-
-    def sync_to_disk(self): ...
-
-
 def updates(run, count):
     """``count`` updates from where the run stands, without evaluation."""
     epoch, done = divmod(run.updates, run.updates_per_epoch)
@@ -39,7 +31,7 @@ def weights(run):
 def build(folder, world, **changes):
     from pipeline.training.loop import Run
 
-    return Run(small_recipe(folder, **changes), world, Silent())
+    return Run(small_recipe(folder, **changes), world)
 
 
 def _resumed_equals_uninterrupted(rank, size, port, folder, runs, stage):
