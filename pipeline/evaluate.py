@@ -101,7 +101,7 @@ def _completeness(subject: Subject, result: Evaluation) -> None:
     layers = exact_layers(subject.model, explainable_layers(subject.model, _example(subject)))
     sums = torch.zeros(len(layers), dtype=torch.float64, device=world.device)
     samples = torch.arange(world.rank, count, world.size)
-    for images, chosen in _select(subject, samples, 1, "completeness"):
+    for images, chosen in _select(subject, samples, subject.loader.batch_size, "completeness"):
         targets = subject.predictions[chosen].to(world.device)
         for index, layer in enumerate(layers):
             sums[index] += completeness_error(subject.model, images, targets, layer.name).sum()
@@ -141,7 +141,7 @@ def _score(subject: Subject, result: Evaluation, layers: list[Layer]) -> list[Te
     chosen = choose_grids(subject.label_logits, subject.labels, subject.predictions, n, evaluation.grids, generator)
     result.values["interp/grids"] = len(chosen)
     mine: list[list[Tensor]] = [[] for _ in layers]
-    for images, samples in _select(subject, chosen[world.rank :: world.size].flatten(), n * n, "localisation"):
+    for images, samples in _select(subject, chosen[world.rank :: world.size].flatten(), GRIDS_AT_ONCE * n * n, "localisation"):
         grids = make_grids(images.unflatten(0, (-1, n * n)))
         targets = subject.labels[samples].view(-1, n * n).to(world.device)
         maps = layer_contributions(subject.model, grids, targets, [layer.name for layer in layers], sum_channels=True)
@@ -158,17 +158,13 @@ def _score(subject: Subject, result: Evaluation, layers: list[Layer]) -> list[Te
     return scores
 
 
-def _select(subject: Subject, samples: Tensor, group: int, what: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images in [0, 1] on the device, their numbers) of ``samples`` in that order, in batches of whole groups."""
-    size = max(1, subject.loader.batch_size // group)
-    size = group * (size if group == 1 else min(size, GRIDS_AT_ONCE))
-    kept: list[Tensor] = []
+def _select(subject: Subject, samples: Tensor, size: int, what: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images in [0, 1] on the device, their numbers) of ``samples`` in that order, ``size`` at a time."""
     with subject.loader.select(samples.numpy()) as batches:
         images = (image for batch in batches for image in batch.images)
         for begin in _progress(range(0, len(samples), size), math.ceil(len(samples) / size), what, subject.world):
             numbers = samples[begin : begin + size]
-            kept = [next(images) for _ in range(len(numbers))]
-            yield unit_range(torch.stack(kept), subject.world.device), numbers
+            yield unit_range(torch.stack([next(images) for _ in numbers]), subject.world.device), numbers
 
 
 def _example(subject: Subject) -> Tensor:

@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 
 STORED = "recipe.yaml"  # name of the resolved recipe in a run folder and in an export
 
-Metric = Literal["accuracy", "completeness", "localisation", "depth"]
+Metric = Literal["accuracy", "completeness", "localisation", "depth"]  # depth includes localisation
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class EvaluationRecipe:
 
     every_epochs: int = 1
     metrics: tuple[Metric, ...] = ("accuracy",)  # while training
-    final_metrics: tuple[Metric, ...] = ("accuracy", "completeness", "localisation", "depth")
+    final_metrics: tuple[Metric, ...] = ("accuracy", "completeness", "depth")
     batch_size: int = 128
     grid_size: int = 3  # n of the n x n grid pointing game
     grids: int = 100  # grids of the localisation metrics

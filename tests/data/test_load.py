@@ -1,5 +1,7 @@
 """Loading: exact pixels, every image exactly once, and an order and augmentation that nothing but (seed, epoch) changes."""
 
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -196,3 +198,8 @@ def test_batches_that_do_not_fit_are_refused(digits, make_recipe):
 
 def test_manifest_identifies_the_files(digits, photos):
     assert open_manifest(digits / "digits-16").sha256 != open_manifest(Path(photos["prepared"]) / "imagefolder-48").sha256
+
+
+def test_importing_the_package_leaves_torch_its_threads():
+    code = "import torch; torch.set_num_threads(3); import pipeline.data; assert torch.get_num_threads() == 3"
+    subprocess.run([sys.executable, "-c", code], check=True)
