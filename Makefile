@@ -3,8 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# FFCV comes as source and compiles against these. libgl1 and libglib2.0-0 are for OpenCV's Python module.
-PACKAGES := build-essential pkg-config libopencv-dev libturbojpeg0-dev libgl1 libglib2.0-0
+# FFCV comes as source and compiles against these; DeepSpeed looks for libaio-dev. libgl1 and libglib2.0-0 are for OpenCV's Python module.
+PACKAGES := build-essential pkg-config libopencv-dev libturbojpeg0-dev libaio-dev libgl1 libglib2.0-0
 READY := $(VENV)/ready
 
 .PHONY: help demo test setup clean

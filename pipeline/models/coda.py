@@ -144,7 +144,6 @@ def default_cfg(size: int, reduction: int, classes: int, first_conv: str | None 
         std=(1.0, 1.0, 1.0),
         first_conv=first_conv,
         classifier="head.classifier",
-        license="apache-2.0",
     )
 
 
