@@ -70,13 +70,14 @@ def test_killed_and_started_again_ends_as_if_it_had_never_stopped(prepared, tmp_
 def test_two_processes_follow_the_loss_curve_of_one(prepared, tmp_path):
     curves = []
     for processes in (1, 2):
-        sgd = {"training__optimizer": "sgd", "training__learning_rate": 1.0, "training__epochs": 1}
-        recipe = small_recipe(prepared, name=f"on{processes}", runs=str(tmp_path / "runs"), **sgd)
+        changes = {"training__optimizer": "sgd", "training__learning_rate": 1.0, "training__epochs": 1}
+        changes["model__args"] = {"rank": 2, "temperature": 1.0}  # learns fast: a curve that stands still is easy to follow
+        recipe = small_recipe(prepared, name=f"on{processes}", runs=str(tmp_path / "runs"), **changes)
         process = command(recipe, tmp_path, processes)
         assert process.wait(300) == 0
         curves.append(losses(recipe))
     first, *_, last = curves[0].values()
-    assert len(curves[0]) == 11 and abs(last - first) > 0.01 * first
+    assert len(curves[0]) == 11 and last < 0.95 * first
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
 
 
