@@ -14,7 +14,7 @@ fail() {
 
 as_root=
 [ "$(id -u)" = 0 ] || as_root="sudo -n"
-packages=$PACKAGES
+packages=${PACKAGES:?names of system packages}
 # Debian's own Python comes without venv and headers; others bring both.
 "$PYTHON" -c 'import ensurepip' 2>/dev/null || packages="$packages $("$PYTHON" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"
 header=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["include"] + "/Python.h")')

@@ -8,16 +8,20 @@ from pathlib import Path
 from pipeline.errors import UserError
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, or 2 with one line on stderr for a user's mistake."""
+    """Run one command; returns the exit code: 0, 2 with one line on stderr for a user's mistake, 130 for Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
         return options.run(options) or 0
     except UserError as error:
         print(f"coda: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("coda: interrupted; the same command continues a training from its newest checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
