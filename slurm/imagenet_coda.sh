@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Train a recipe on several nodes, one process per GPU:
 #   sbatch slurm/imagenet_coda.sh [RECIPE] [key=value ...]
-# Submit from the project's root, after `make setup` there and `coda prepare` with the recipe. Started again, by hand or by
-# a requeue, it continues from the newest checkpoint.
+# Submit from the project's root, after `make setup` there and `coda prepare` with the recipe. Submitted again, or requeued by
+# Slurm (not tested yet), it continues from the newest checkpoint.
 #SBATCH --job-name=coda
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4
