@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 
+TARGETS_AT_ONCE = 9  # of a backward pass; memory holds the gradients of as many targets
+
 
 class Parts(NamedTuple):
     """A model as explanations see it: logits = forward_encoded(encode(images)) = (CoDA output) / temperature + logit_bias."""
@@ -44,13 +46,16 @@ def _is_dynamic(module: nn.Module) -> bool:
 
 
 @contextmanager
-def explanation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with all dynamic weights held fixed; restores every module's own flags, nested or on error."""
+def explanation_mode(model: nn.Module, *, fixed_weights: bool = True) -> Iterator[None]:
+    """Evaluation mode with all dynamic weights held fixed; restores every module's own flags, nested or on error.
+
+    ``fixed_weights=False`` differentiates the dynamic weights as training does, which is what post-hoc methods see.
+    """
     found = [(module, module.training, getattr(module, "explaining", None)) for module in model.modules()]
     try:
         model.eval()
         for module in filter(_is_dynamic, model.modules()):
-            module.explaining = True  # type: ignore[assignment]
+            module.explaining = fixed_weights  # type: ignore[assignment]
         yield
     finally:
         for module, training, explaining in found:
@@ -76,13 +81,13 @@ def contributions(model: nn.Module, images: Tensor, targets: Tensor, at: str | N
 def layer_contributions(
     model: nn.Module, images: Tensor, targets: Tensor, layers: Sequence[str | None], *, sum_channels: bool = False
 ) -> dict[str | None, Tensor]:
-    """Contributions of many layers to many classes, from one forward pass and one backward pass per class.
+    """Contributions of many layers to many classes, from one forward pass and one batched backward pass.
 
     Args:
         images: (B, 3, H, W), RGB in [0, 1].
         targets: (B, K) int64, the K classes explained in each image.
         layers: names of modules, None for the input encoding.
-        sum_channels: keep only maps summed over channels, so that memory holds the channels of one class at a time.
+        sum_channels: keep only maps summed over channels, so that memory holds the channels of TARGETS_AT_ONCE classes at most.
 
     Returns:
         By layer: contributions (B, K, C_l, H_l, W_l), or maps (B, K, H_l, W_l) with ``sum_channels``.
@@ -125,14 +130,16 @@ def _explain(
                 raise UserError(f"module {layer!r} does not run in a forward pass, so it has no contributions")
         chosen = [activations[layer] for layer in layers]
         outputs = temperature * (logits.gather(1, targets) - logit_bias)  # (B, K)
-        collected: list[list[Tensor]] = [[] for _ in layers]
-        for k in range(targets.shape[1]):
-            # images do not interact in evaluation mode: the gradient of the sum is each image's own
-            gradients = torch.autograd.grad(outputs[:, k].sum(), chosen, retain_graph=True, materialize_grads=True)
-            for terms, activation, gradient in zip(collected, chosen, gradients, strict=True):
-                product = activation.detach() * gradient
-                terms.append(product.sum(1) if sum_channels else product)
-    return outputs.detach(), {layer: torch.stack(terms, dim=1) for layer, terms in zip(layers, collected, strict=True)}
+
+        def of_target(cotangent: Tensor) -> tuple[Tensor, ...]:
+            gradients = torch.autograd.grad(outputs, chosen, cotangent, retain_graph=True, materialize_grads=True)
+            products = (activation.detach() * gradient for activation, gradient in zip(chosen, gradients, strict=True))
+            return tuple(product.sum(1) if sum_channels else product for product in products)
+
+        # images do not interact in evaluation mode, so one backward pass serves all images, and a batched one many targets
+        cotangents = torch.eye(targets.shape[1]).to(outputs)[:, None].expand(-1, len(images), -1)  # (K, B, K)
+        found = torch.func.vmap(of_target, out_dims=1, chunk_size=TARGETS_AT_ONCE)(cotangents)
+    return outputs.detach(), dict(zip(layers, found, strict=True))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.dau_functional import dynamic_dot
+from pipeline.models.dau_functional import Geometry, dynamic_dot
 
 Norm = Literal["sq", "l2", "wb"]
 NORM2_FLOOR = 1e-12  # below it a weight counts as zero: its rescaling is constant there, so that gradients stay finite
@@ -21,11 +21,12 @@ class DAUConv2d(nn.Module):
     * ``"sq"``: squashing, norm |w|^2 / (1 + |w|^2), y = <w, x> |w| / (1 + |w|^2);
     * ``"wb"``: the bound |A_o z| <= |A_o|_F |z| instead of the norm, y = <w, x> / (|A_o|_F |z|); has no bias b.
 
-    Shape: (B, in_channels, H, W) -> (B, out_channels, H', W') with H', W' as in ``nn.Conv2d``. Computes in the parameters'
-    precision even under autocast. Differentiable once.
+    Shape: (B, in_channels, H, W) -> (B, out_channels, H', W') with H', W' as in ``nn.Conv2d``. Computes and answers in the
+    parameters' precision even under autocast, the norm at least in fp32; only on CUDA, bf16 autocast makes bf16 the operands of the
+    large products. Differentiable once.
 
-    Parameters ``down.weight`` is B (rank, in_channels, k, k); ``up_weight`` is A (out_channels, in_channels * k * k, rank);
-    ``up_bias`` is b (out_channels, in_channels * k * k) or None. d is ordered as ``nn.functional.unfold`` orders it.
+    Parameters ``down.weight`` is B (rank, in_channels, k, k); ``up_weight`` is A (out_channels, k * k * in_channels, rank);
+    ``up_bias`` is b (out_channels, k * k * in_channels) or None. Values of a patch are ordered row, column, channel.
 
     Attribute ``explaining``: while True, the dynamic weights are constants of the backward pass (explanation mode), so that
     the layer is exactly linear in its input and input x gradient gives exact contributions.
@@ -65,20 +66,26 @@ class DAUConv2d(nn.Module):
                 nn.init.uniform_(parameter, -1 / math.sqrt(self.rank), 1 / math.sqrt(self.rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(self.up_weight.dtype)
+        device = "cpu" if x.device.type == "meta" else x.device.type
+        own, exact = self.up_weight.dtype, torch.promote_types(self.up_weight.dtype, torch.float32)
+        fast = device == "cuda" and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+        operands = torch.bfloat16 if fast else exact  # of the large products; a CPU gains nothing from bf16
+        with torch.autocast(device, enabled=False):
+            x = x.to(own)
             z_map = self.down(x)  # (B, r, H', W')
             z = z_map.permute(0, 2, 3, 1).reshape(-1, self.rank)  # (N, r)
             weight: Tensor = self.up_weight
             bias: Tensor | None = self.up_bias
             if self.explaining:
                 z, weight, bias = z.detach(), weight.detach(), None if bias is None else bias.detach()
-            dot, norm2 = dynamic_dot(x, z, weight, bias, self.kernel_size, self.stride, self.padding, self.norm != "wb")
+            geometry = Geometry(self.kernel_size, self.stride, self.padding)
+            bias_operand = None if bias is None else bias.to(operands)
+            dot, norm2 = dynamic_dot(x.to(operands), z.to(operands), weight.to(operands), bias_operand, geometry, self.norm != "wb")
             if norm2 is None:
-                norm2 = z.square().sum(1, keepdim=True) * weight.square().sum((1, 2))  # (N, 1) * (O,)
+                norm2 = z.to(exact).square().sum(1, keepdim=True) * weight.to(exact).square().sum((1, 2))  # (N, 1) * (O,)
             norm = norm2.clamp_min(NORM2_FLOOR).sqrt()
             y = dot / (norm + 1 / norm) if self.norm == "sq" else dot / norm
-            return y.view(len(x), *z_map.shape[2:], -1).permute(0, 3, 1, 2)  # (N, O) -> (B, O, H', W')
+            return y.to(own).view(len(x), *z_map.shape[2:], -1).permute(0, 3, 1, 2)  # (N, O) -> (B, O, H', W')
 
     def extra_repr(self) -> str:
         return (

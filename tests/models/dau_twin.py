@@ -10,8 +10,9 @@ from pipeline.models.dau import NORM2_FLOOR, DAUConv2d
 def twin(layer: DAUConv2d, x: Tensor) -> Tensor:
     """Output of ``layer`` on ``x`` (B, C, H, W) from w_o = A_o z + b_o held for all positions and units at once."""
     k, s, p = layer.kernel_size, layer.stride, layer.padding
-    patches = F.unfold(x, k, stride=s, padding=p)  # (B, d, L)
-    z = torch.einsum("rd,bdl->brl", layer.down.weight.flatten(1), patches)
+    patches = F.unfold(x, k, stride=s, padding=p)  # (B, d, L), d ordered channel, row, column
+    patches = patches.unflatten(1, (-1, k * k)).transpose(1, 2).flatten(1, 2)  # as the layer orders it: row, column, channel
+    z = torch.einsum("rd,bdl->brl", layer.down.weight.permute(0, 2, 3, 1).flatten(1), patches)
     w = torch.einsum("odr,brl->bodl", layer.up_weight, z)
     if layer.up_bias is not None:
         w = w + layer.up_bias[None, :, :, None]

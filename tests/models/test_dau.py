@@ -1,13 +1,21 @@
 """DAUConv2d against its slow twin, at the edges, and in explanation mode."""
 
+import copy
+import socket
+
 import pytest
 import torch
+import torch.nn.functional as F
 from dau_twin import twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
-from pipeline.models import dau_functional
+from pipeline.models import dau_chunked, dau_functional
 from pipeline.models.dau import DAUConv2d
+from pipeline.models.dau_functional import Geometry
 
 
 def make(norm, *, inputs=3, units=5, kernel=3, stride=1, padding=1, rank=2, bias=True, dtype=torch.float64, seed=0):
@@ -44,8 +52,8 @@ def assert_close_relative(ours, theirs, tolerance):
 def test_equals_the_twin(norm, kernel, stride, padding, size, rank, bias, batch, seed, small_chunks):
     layer = make(norm, kernel=kernel, stride=stride, padding=padding, rank=rank, bias=bias, seed=seed)
     x = torch.rand(batch, 3, *size, dtype=torch.float64)
-    whole = dau_functional.CHUNK_NUMBERS
-    dau_functional.CHUNK_NUMBERS = 64 if small_chunks else whole
+    whole = dau_chunked.CHUNK_NUMBERS
+    dau_chunked.CHUNK_NUMBERS = 64 if small_chunks else whole
     try:
         ours = outputs_and_gradients(layer, layer, x)
         assert_close_relative(ours, outputs_and_gradients(lambda t: twin(layer, t), layer, x), 1e-8)
@@ -55,7 +63,7 @@ def test_equals_the_twin(norm, kernel, stride, padding, size, rank, bias, batch,
         ours = outputs_and_gradients(single, single, x.float())
         assert_close_relative(ours, outputs_and_gradients(lambda t: twin(single, t), single, x.float()), 2e-3)
     finally:
-        dau_functional.CHUNK_NUMBERS = whole
+        dau_chunked.CHUNK_NUMBERS = whole
 
 
 @pytest.mark.parametrize("norm", ["sq", "l2", "wb"])
@@ -78,7 +86,7 @@ def test_output_never_exceeds_the_norm_of_the_patch(norm):
         for parameter in layer.parameters():
             parameter *= 100
     x = torch.rand(2, 4, 8, 8, dtype=torch.float64)
-    patch_norm = dau_functional.unfold(x, 3, 1, 1).norm(dim=1).view(2, 1, 8, 8)
+    patch_norm = dau_functional.unfold(x, Geometry(3, 1, 1)).norm(dim=1).view(2, 1, 8, 8)
     assert (layer(x).abs() <= patch_norm * (1 + 1e-12)).all()
 
 
@@ -138,6 +146,141 @@ def test_nothing_of_the_size_of_all_dynamic_weights_is_allocated():
         layer(x).sum().backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert 0 < largest <= 4 * all_weights / 20
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(1, 1, 0), (1, 2, 1), (3, 1, 1), (3, 2, 0), (7, 3, 3)])
+def test_unfold_orders_row_column_channel_and_fold_is_its_adjoint(kernel, stride, padding):
+    geometry = Geometry(kernel, stride, padding)
+    x = torch.rand(2, 3, 9, 8, dtype=torch.float64)
+    rows = dau_functional.unfold(x, geometry)
+    published = F.unfold(x, kernel, stride=stride, padding=padding).unflatten(1, (3, -1))  # (B, C, k * k, L)
+    assert torch.equal(rows, published.permute(0, 3, 2, 1).flatten(0, 1).flatten(1))
+    other = torch.rand_like(rows)
+    torch.testing.assert_close((dau_functional.fold(other, x.shape, geometry) * x).sum(), (other * rows).sum())
+
+
+def test_norm_keeps_its_accuracy_in_a_weak_direction():
+    generator = torch.Generator().manual_seed(0)
+    left, singular, right = torch.linalg.svd(torch.randn(1, 50, 6, generator=generator, dtype=torch.float64), full_matrices=False)
+    singular[:, -1] = 1e-3 * singular[:, 0]
+    weight = (left * singular[:, None]) @ right
+    z = right[:, -1].expand(40, -1)  # shortened a thousand times by A
+    exact = (z @ weight[0].T).square().sum(1)
+    single = weight.float(), z.float()
+    _, norm2 = dau_chunked._forward_by_rank(torch.rand(40, 50), single[1], single[0], None, True)
+    torch.testing.assert_close(norm2[:, 0].double(), exact, rtol=1e-4, atol=0)
+    gram = single[0][0].T @ single[0][0]
+    by_gram = torch.einsum("nr,rs,ns->n", single[1], gram, single[1])
+    assert (by_gram.double() / exact - 1).abs().max() > 1e-3  # the test can tell
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_both_formulations_agree_and_bf16_operands_come_near(bias):
+    generator = torch.Generator().manual_seed(0)
+    rows, z, weight, b, grad_dot, grad_norm2 = (
+        torch.randn(shape, generator=generator) for shape in [(90, 36), (90, 5), (7, 36, 5), (7, 36), (90, 7), (90, 7)]
+    )
+    operands, cotangents = (rows, z, weight, b if bias else None), (grad_dot, grad_norm2)
+    needs = (True, True, True, bias)
+    by_rank = [*dau_chunked._forward_by_rank(*operands, True), *dau_chunked._backward_by_rank(*operands, *cotangents, needs)]
+    by_unit = [*dau_chunked._forward_by_unit(*operands, True), *dau_chunked._backward_by_unit(*operands, *cotangents, needs)]
+    short = [None if operand is None else operand.bfloat16() for operand in operands]
+    in_bf16 = [*dau_chunked.forward(*short, True), *dau_chunked.backward(*short, *cotangents, needs)]
+    for a, b, c in zip(by_rank, by_unit, in_bf16, strict=True):
+        if b is not None:
+            assert (a - b).norm() <= 1e-5 * b.norm()
+            assert c.dtype == torch.float32 and (c - b).norm() <= 2e-2 * b.norm()
+
+
+@pytest.mark.parametrize("rank", [2, 40])  # by rank and by unit
+@pytest.mark.parametrize("bias", [True, False])
+def test_many_targets_from_one_backward_pass(rank, bias):
+    layer = make("sq", rank=rank, bias=bias)
+    layer.explaining = True
+    x = torch.rand(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    cotangents = torch.rand(9, *y.shape, dtype=torch.float64)
+    together = torch.func.vmap(lambda cotangent: torch.autograd.grad(y, x, cotangent, retain_graph=True)[0])(cotangents)
+    for cotangent, gradient in zip(cotangents, together, strict=True):
+        torch.testing.assert_close(gradient, torch.autograd.grad((twin(layer, x) * cotangent).sum(), x)[0])
+
+
+def test_dynamic_weights_are_formed_once_for_many_targets():
+    formed = 0
+    original = dau_chunked._weights
+
+    def counting(*arguments):
+        nonlocal formed
+        formed += 1
+        original(*arguments)
+
+    z, weight = torch.rand(50, 40), torch.rand(6, 45, 40)
+    dau_chunked._weights = counting
+    try:
+        dau_chunked.explain(z, weight, None, torch.rand(9, 50, 6))
+    finally:
+        dau_chunked._weights = original
+    assert formed == 6
+
+
+def trained(module, x):
+    """Output and all gradients of a step."""
+    module.zero_grad()
+    y = module(x)
+    y.square().sum().backward()
+    return [y.detach(), *(parameter.grad.clone() for parameter in module.parameters())]
+
+
+def chain():
+    return nn.Sequential(make("sq", rank=20), make("l2", inputs=5, units=4, stride=2, seed=1), make("wb", inputs=4, units=3, seed=2))
+
+
+def test_activation_checkpointing_compilation_and_copies_change_nothing():
+    module, x = chain(), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    expected = trained(module, x)
+    copied = copy.deepcopy(module)
+    loaded = chain()
+    for parameter in loaded.parameters():
+        parameter.data.zero_()
+    loaded.load_state_dict(module.state_dict())
+    compiled = torch.compile(copy.deepcopy(module), backend="aot_eager")  # the graph breaks at dynamic_dot
+    recomputed = nn.Module()
+    recomputed.inner = copy.deepcopy(module)
+    recomputed.forward = lambda x: checkpoint(recomputed.inner, x, use_reentrant=False)
+    for other in (module, copied, loaded, compiled, recomputed):
+        for a, b in zip(trained(other, x), expected, strict=True):
+            assert torch.equal(a, b)  # and so every step is deterministic
+
+
+def _gradients_on_two(rank, port, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    module = chain()
+    parallel = nn.parallel.DistributedDataParallel(module)
+    parallel(x[2 * rank : 2 * rank + 2]).square().sum().backward()
+    alone = chain()
+    (alone(x).square().sum() / 2).backward()  # DDP averages over processes
+    for ours, theirs in zip(module.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    (folder / f"seen{rank}").touch()
+    torch.distributed.destroy_process_group()
+
+
+def test_data_parallel_gradients_are_those_of_the_whole_batch(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_gradients_on_two, (port, tmp_path), nprocs=2)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_without_fused_kernels_cuda_takes_the_chunked_path_and_says_why():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA, where the fused kernels may be used")
+    with FakeTensorMode():
+        weight = torch.empty(4, 27, 2, device="cuda")
+    with pytest.warns(UserWarning, match="fused DAU kernels are not used on cuda"):
+        assert dau_functional._kernels(weight) is dau_chunked
 
 
 @pytest.mark.parametrize(("argument", "value"), [("norm", "l3"), ("rank", 0)])

@@ -1,0 +1,223 @@
+"""Time and memory of the DAU layer against its slow twin, which forms every dynamic weight: ``python -m benchmarks.dau``.
+
+One run, interleaved, medians; memory in a process of its own for each measurement. The floor of a step is three matrix products of
+2 N d (r + 1) O operations per layer, at the rate of a 2048 x 2048 product measured between the repetitions.
+"""
+
+import argparse
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import date
+
+import timm
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import pipeline  # noqa: F401  registers the models
+from pipeline.interpret.explain import layer_contributions
+from pipeline.models.dau import DAUConv2d
+from tests.models.dau_twin import twin
+
+MODELS = {"coda_s": (16, 32), "coda_l": (1, 240)}  # name -> (batch, resolution)
+GROWTH = {  # of one layer of coda_s at batch 8: which number doubles
+    "as it is": {},
+    "batch": {"batch": 2},
+    "height": {"height": 2},
+    "rank": {"rank": 2},
+    "units": {"units": 2},
+}
+
+
+class Twin(nn.Module):
+    """A DAU layer that computes as its twin does."""
+
+    def __init__(self, layer: DAUConv2d):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return twin(self.layer, x)
+
+
+def with_twins(model: nn.Module) -> nn.Module:
+    """``model`` with every DAU layer replaced by its twin, which shares the parameters."""
+    for name, child in model.named_children():
+        setattr(model, name, Twin(child) if isinstance(child, DAUConv2d) else with_twins(child))
+    return model
+
+
+def make(name: str, twins: bool) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    batch, size = MODELS[name]
+    model = timm.create_model(name)
+    return with_twins(model) if twins else model, torch.rand(batch, 3, size, size)
+
+
+def training_step(module: nn.Module, x: Tensor) -> None:
+    module.zero_grad(set_to_none=False)
+    module(x).sum().backward()
+
+
+def medians(tasks: dict[str, Callable[[], None]], repeats: int, title: str) -> dict[str, float]:
+    """Seconds of each task: medians of ``repeats`` rounds in which every task runs once."""
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in tqdm(range(repeats + 1), desc=title, file=sys.stderr):  # the first round warms up
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            task()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def sgemm() -> Callable[[], None]:
+    a, b, out = torch.rand(2048, 2048), torch.rand(2048, 2048), torch.empty(2048, 2048)
+
+    def multiply() -> None:
+        torch.mm(a, b, out=out)
+
+    return multiply
+
+
+def record_layers(model: nn.Module, x: Tensor) -> list[tuple[DAUConv2d, Tensor, int]]:
+    """Every DAU layer with its input and number of positions, in order."""
+    found: list[tuple[DAUConv2d, Tensor, int]] = []
+    with torch.no_grad(), ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, DAUConv2d):
+                hook = module.register_forward_hook(lambda layer, inputs, y: found.append((layer, inputs[0].clone(), y[:, 0].numel())))
+                hooks.callback(hook.remove)
+        model(x)
+    return found
+
+
+def products(layer: DAUConv2d, positions: int) -> float:
+    """Operations of one pass, 2 N d (r + 1) O."""
+    units, values, rank = layer.up_weight.shape
+    return 2.0 * positions * values * (rank + 1) * units
+
+
+def time_steps(name: str, repeats: int) -> None:
+    model, x = make(name, twins=False)
+    layers = record_layers(make(name, twins=False)[0], x)
+    slow, _ = make(name, twins=True)
+    tasks = {"twin": lambda: training_step(slow, x), "ours": lambda: training_step(model, x), "sgemm": sgemm()}
+    seconds = medians(tasks, repeats, name)
+    rate = 2 * 2048**3 / seconds["sgemm"]
+    floor = 3 * sum(products(layer, positions) for layer, _, positions in layers) / rate
+    print(f"\n### {name}, batch {len(x)}, {x.shape[-1]}x{x.shape[-1]}: forward and backward (sgemm {rate / 1e9:.0f} GF/s)\n")
+    print("| layer | d | r | units | positions | twin ms | ours ms | ratio | of the floor |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for index, (layer, inputs, positions) in enumerate(layers):
+        inputs.requires_grad_(index > 0)  # nobody asks for the gradient of an image
+        slow_layer = Twin(layer)
+        tasks = {
+            "twin": lambda m=slow_layer, i=inputs: training_step(m, i),
+            "ours": lambda m=layer, i=inputs: training_step(m, i),
+            "sgemm": sgemm(),
+        }
+        one = medians(tasks, repeats, f"{name}, layer {index + 1}")
+        share = 3 * products(layer, positions) / (2 * 2048**3 / one["sgemm"]) / one["ours"]
+        units, values, rank = layer.up_weight.shape
+        print(f"| {index + 1} | {values} | {rank} | {units} | {positions} | {1e3 * one['twin']:.1f} | {1e3 * one['ours']:.1f} | ", end="")
+        print(f"{one['twin'] / one['ours']:.1f} | {share:.2f} |", flush=True)
+    print(f"| **step** | | | | | {1e3 * seconds['twin']:.0f} | {1e3 * seconds['ours']:.0f} | ", end="")
+    print(f"**{seconds['twin'] / seconds['ours']:.2f}** | **{floor / seconds['ours']:.2f}** |", flush=True)
+
+
+def time_explanation(repeats: int) -> None:
+    model, x = make("coda_s", twins=False)
+    targets = 9
+
+    def explain(count: int) -> None:
+        classes = torch.arange(count).expand(len(x), -1)
+        layer_contributions(model, x, classes, [None], sum_channels=True)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(x)
+
+    seconds = medians({"forward": forward, "one": lambda: explain(1), "all": lambda: explain(targets)}, repeats, "explanation")
+    more = (seconds["all"] - seconds["one"]) / (targets - 1) / seconds["forward"]
+    print(f"\n### Explanation mode, coda_s, batch {len(x)}\n")
+    print(f"Forward pass {1e3 * seconds['forward']:.0f} ms; with one target {seconds['one'] / seconds['forward']:.2f} times that, ", end="")
+    print(f"each target beyond the first {more:.2f} times.", flush=True)
+
+
+def peak(task: str) -> None:
+    """Print the MiB that a step holds beyond the weights, their gradients and the input; run in a process of its own."""
+    kind, name, *factors = task.split(",")
+    if name in MODELS:
+        module, x = make(name, kind == "twin")
+    else:
+        module, x = growth_layer(dict(zip(factors[::2], map(int, factors[1::2]), strict=True)))
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    torch.mm(torch.rand(64, 64), torch.rand(64, 64))  # the library's own buffers
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    training_step(module, x)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def measure_peak(task: str) -> float:
+    command = [sys.executable, "-m", "benchmarks.dau", "--peak", task]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def memory() -> None:
+    print("\n### Peak memory of a step beyond weights, gradients and input\n")
+    print("| model | twin MiB | ours MiB | ratio |\n|---|---|---|---|")
+    for name in MODELS:
+        slow, ours = measure_peak(f"twin,{name}"), measure_peak(f"ours,{name}")
+        print(f"| {name} | {slow:.0f} | {ours:.0f} | **{slow / ours:.1f}** |", flush=True)
+
+
+def growth_layer(factors: dict[str, int]) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    sizes = dict(batch=8, height=32, rank=32, units=32)
+    sizes |= {name: sizes[name] * factor for name, factor in factors.items()}
+    layer = DAUConv2d(32, sizes["units"], 3, padding=1, rank=sizes["rank"])
+    return layer, torch.rand(sizes["batch"], 32, sizes["height"], 32, requires_grad=True)
+
+
+def growth(repeats: int) -> None:
+    tasks = {}
+    for name, factors in GROWTH.items():
+        layer, x = growth_layer(factors)
+        tasks[name] = lambda m=layer, i=x: training_step(m, i)
+    seconds = medians(tasks, repeats, "growth")
+    print("\n### Growth of one layer (8 images 32x32, 32 to 32 channels, 3x3, rank 32) when one number doubles\n")
+    print("| doubled | time | peak memory |\n|---|---|---|")
+    first = measure_peak("ours,layer")
+    for name, factors in GROWTH.items():
+        flat = [str(item) for pair in factors.items() for item in pair]
+        share = measure_peak(",".join(["ours", "layer", *flat])) / first
+        print(f"| {name} | {seconds[name] / seconds['as it is']:.2f} | {share:.2f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.peak:
+        return peak(arguments.peak)
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    print(f"{date.today()}, {platform.machine()}, {torch.get_num_threads()} threads, {versions}")
+    for name in MODELS:
+        time_steps(name, arguments.repeats)
+    time_explanation(arguments.repeats)
+    memory()
+    growth(arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()
