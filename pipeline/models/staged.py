@@ -1,24 +1,26 @@
-"""A classifier as stem, stages and head, with the methods that timm's users expect of every model."""
+"""A classifier as a chain of stages and a head, with the methods that timm's users expect of every model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
 
 import torch
-from timm.models import checkpoint_seq
+from timm.models import build_model_with_cfg, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 
 class StagedNet(nn.Module):
-    """stem -> stages -> head. Takes RGB images in [0, 1] without mean/std normalisation.
+    """Stages, then a head. Takes images in [0, 1] without mean/std normalisation.
 
     Subclasses override :meth:`encode` where the network reads another encoding of the image, and :meth:`new_head`.
 
     Args:
-        stem: first layers, (B, C, H, W) of the encoding to (B, C', H', W').
-        stages: name of every stage and its blocks in order.
-        feature_info: timm's description of the stem and of every stage: num_chs, reduction, module.
+        stages: the stages by name, in order; each is one feature level. "stem" and "stage1", "stage2", ... have a meaning in
+            :meth:`group_matcher` and :meth:`set_grad_checkpointing`.
+        feature_info: timm's description of every stage: num_chs, reduction, module.
         num_classes: 0 for a headless feature extractor.
-        in_chans: channels of the images; this family reads 3.
+        in_chans: channels of the images.
         global_pool: pooling of the head, or "" for none.
     """
 
@@ -27,33 +29,27 @@ class StagedNet(nn.Module):
     head: nn.Module
 
     def __init__(
-        self,
-        stem: nn.Module,
-        stages: Sequence[tuple[str, nn.Sequential]],
-        feature_info: list[dict],
-        num_classes: int,
-        in_chans: int,
-        global_pool: str,
+        self, stages: Mapping[str, nn.Sequential], feature_info: list[dict[str, Any]], num_classes: int, in_chans: int, global_pool: str
     ):
         super().__init__()
-        if in_chans != 3:
-            raise ValueError(f"in_chans is {in_chans}; this model reads RGB images (3)")
         self.num_classes, self.in_chans = num_classes, in_chans
         self.feature_info = feature_info
         self.num_features = self.head_hidden_size = feature_info[-1]["num_chs"]
         self.grad_checkpointing = False
-        self.stem = stem
-        self.stage_names = [name for name, _ in stages]
-        for name, stage in stages:
+        self.stage_names = list(stages)
+        for name, stage in stages.items():
             self.add_module(name, stage)
         self.head = self.new_head(num_classes, global_pool)
 
     def new_head(self, num_classes: int, global_pool: str) -> nn.Module:
-        """A head from ``num_features`` channels to ``num_classes`` logits; its attribute ``classifier`` holds the layer."""
+        """A head from ``num_features`` channels to ``num_classes`` logits.
+
+        Its attribute ``classifier`` holds the layer that gives one output per class, ``pool_type`` the pooling.
+        """
         raise NotImplementedError
 
     def encode(self, images: Tensor) -> Tensor:
-        """What the first layer reads, from RGB ``images`` (B, 3, H, W) in [0, 1]."""
+        """What the first layer reads, from ``images`` (B, in_chans, H, W) in [0, 1]."""
         return images
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -72,44 +68,53 @@ class StagedNet(nn.Module):
         return self.forward_encoded(self.encode(images))
 
     def _features(self, encoded: Tensor) -> Tensor:
-        x = self.stem(encoded)
+        x = encoded
         for name in self.stage_names:
             x = self._stage(name, x)
         return x
 
     def _stage(self, name: str, x: Tensor) -> Tensor:
         stage = getattr(self, name)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
+        if self.grad_checkpointing and name != "stem":  # a stem's in-place activation must not be recomputed on its own
             return checkpoint_seq(stage, x)
         return stage(x)
 
     def forward_intermediates(
         self,
-        images: Tensor,
+        x: Tensor,
         indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Outputs of the stem and stages as timm's models give them: last ``indices``, or those listed, or all."""
+        """Outputs of the stages as timm's models give them, for images ``x``.
+
+        Args:
+            indices: the last so many stages, or those listed, or all.
+            norm: without effect, as these networks end in no normalisation.
+            stop_early: do not run the stages after the last one asked for.
+            output_fmt: "NCHW".
+            intermediates_only: leave out the final features.
+        """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt is {output_fmt!r}; valid: NCHW")
-        take, last = feature_take_indices(len(self.stage_names) + 1, indices)
-        x = self.stem(self.encode(images))
-        intermediates = [x] if 0 in take else []
-        for index, name in enumerate(self.stage_names[:last] if stop_early else self.stage_names, start=1):
-            x = self._stage(name, x)
+        take, last = feature_take_indices(len(self.stage_names), indices)
+        features = self.encode(x)
+        intermediates = []
+        for index, name in enumerate(self.stage_names[: last + 1] if stop_early else self.stage_names):
+            features = self._stage(name, features)
             if index in take:
-                intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
+                intermediates.append(features)
+        return intermediates if intermediates_only else (features, intermediates)
 
     def prune_intermediate_layers(self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
         """Drop the stages (and the head) that ``indices`` do not need."""
-        take, last = feature_take_indices(len(self.stage_names) + 1, indices)
-        for name in self.stage_names[last:]:
+        take, last = feature_take_indices(len(self.stage_names), indices)
+        for name in self.stage_names[last + 1 :]:
             delattr(self, name)
-        self.stage_names = self.stage_names[:last]
+        self.stage_names = self.stage_names[: last + 1]
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_head:
             self.reset_classifier(0, "")
         return take
@@ -119,16 +124,29 @@ class StagedNet(nn.Module):
         return self.head.get_submodule("classifier")
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head for ``num_classes``; 0 leaves a feature extractor."""
+        """A fresh head for ``num_classes``; 0 leaves a feature extractor. The pooling stays as it is if None."""
         self.num_classes = num_classes
         reference = next(self.parameters())
-        pool = str(self.head.pool) if global_pool is None else global_pool
-        self.head = self.new_head(num_classes, pool).to(reference)
+        pool = str(self.head.pool_type) if global_pool is None else global_pool
+        self.head = self.new_head(num_classes, pool).to(reference).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute stages in the backward pass instead of keeping their activations."""
+        """Recompute the blocks of the stages in the backward pass instead of keeping their activations."""
         self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """timm's groups of parameters for layer-wise learning rates."""
         return {"stem": r"^stem", "blocks": r"^stage(\d+)" if coarse else r"^stage(\d+)\.(\d+)"}
+
+
+def build(cls: type[StagedNet], name: str, pretrained: bool, levels: int, *, device: Any = None, dtype: Any = None, **kwargs: Any) -> Any:
+    """timm's ``build_model_with_cfg`` for a staged network; ``device`` and ``dtype`` are those of its parameters.
+
+    Args:
+        levels: feature levels of ``features_only``, which goes through ``forward_intermediates`` and so encodes the image first.
+        kwargs: of ``cls``, and what timm adds (``features_only``, ``pretrained_cfg_overlay``, ...).
+    """
+    feature_cfg = dict(feature_cls="getter", out_indices=tuple(range(levels)))
+    with torch.device(device) if device is not None else nullcontext():
+        model = build_model_with_cfg(cls, name, pretrained, feature_cfg=feature_cfg, **kwargs)
+    return model.to(dtype=dtype)

@@ -1,4 +1,4 @@
-"""Every registered model keeps timm's contract, learns in every parameter, and is exactly dynamic linear in its CoDA part."""
+"""Every registered model keeps timm's contract, which is also that of timm's own test-suite."""
 
 import copy
 import math
@@ -8,28 +8,27 @@ import sys
 import pytest
 import timm
 import torch
+from family import CODA, HYBRIDS, PLAIN, build, dau_names, images, junctions, size_of, stages_of
+from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules, group_parameters
+from timm.optim import create_optimizer_v2
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
-import pipeline.models.coda_resnet as coda_resnet
+from pipeline.models.coda_base import encode
 from pipeline.models.dau import DAUConv2d
 
-CODA = timm.list_models("coda_*")
-NAMES = [*CODA, "resnet20"]
-SMALL = {"coda_resnet18": 64, "coda_resnet50": 64}
+NAMES = [*CODA, *PLAIN]
+PURE = ["coda_l", "coda_m", "coda_s", "coda_xl"]
 
 
-def build(name, **kwargs):
-    torch.manual_seed(0)
-    return timm.create_model(name, **{"num_classes": 10, **kwargs})
-
-
-def images(name, batch=2):
-    size = SMALL.get(name, 32)
-    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+@pytest.fixture(scope="module", params=NAMES)
+def built(request):
+    """(name, model in evaluation mode); tests that change the model copy it."""
+    return request.param, build(request.param).eval()
 
 
 def test_the_promised_names_are_registered():
-    assert {"coda_s", "coda_resnet20", "coda_resnet18", "coda_resnet50"} <= set(CODA)
+    assert CODA == PURE[:2] + [f"coda_resnet{depth}" for depth in (18, 20, 34, 50, 56, 101, 152)] + PURE[2:]
 
 
 def test_registering_beside_all_of_timm_gives_no_warning():
@@ -38,9 +37,8 @@ def test_registering_beside_all_of_timm_gives_no_warning():
     assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_parameter_gets_a_gradient(name):
-    model = build(name)
+def test_every_parameter_gets_a_gradient(built):
+    name, model = built[0], copy.deepcopy(built[1]).train()
     logits = model(images(name))
     assert logits.shape == (2, 10)
     nn.functional.binary_cross_entropy_with_logits(logits, torch.eye(10)[:2]).backward()
@@ -48,86 +46,196 @@ def test_every_parameter_gets_a_gradient(name):
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), key
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_timm_contract(name):
-    model = build(name).eval()
+@torch.no_grad()
+def test_head_and_classifier(built):
+    name, model = built[0], copy.deepcopy(built[1])
     x = images(name)
-    features = model.forward_features(x)
+    features, logits = model.forward_features(x), model(x)
     assert features.shape[:2] == (2, model.num_features)
-    torch.testing.assert_close(model.forward_head(features), model(x))
-    assert model.forward_head(features, pre_logits=True).shape == (2, model.num_features)
-    assert isinstance(model.get_classifier(), DAUConv2d | nn.Linear)
-    assert model.get_submodule(model.default_cfg["classifier"]) is model.get_classifier()
-    torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
-    model.load_state_dict(model.state_dict(), strict=True)
-    model.set_grad_checkpointing()
-    torch.testing.assert_close(model(x), model.forward_head(features))
+    torch.testing.assert_close(model.forward_head(features), logits)
+    pooled = model.forward_head(features, pre_logits=True)
+    assert pooled.shape == (2, model.head_hidden_size)
+    torch.testing.assert_close(copy.deepcopy(model)(x), logits)
+    build(name).load_state_dict(model.state_dict(), strict=True)
     model.reset_classifier(7)
-    assert model(x).shape == (2, 7)
+    assert model(x).shape == (2, 7) and model.get_classifier() is model.head.classifier and not model.head.training
     model.reset_classifier(0)
-    assert model(x).shape == (2, model.num_features)
+    torch.testing.assert_close(model(x), pooled)
     model.reset_classifier(0, "")
     torch.testing.assert_close(model(x), features)
+    with pytest.raises(ValueError, match="global_pool"):
+        model.reset_classifier(7, "max")
+    torch.testing.assert_close(build(name, num_classes=0).eval()(x).shape, pooled.shape)
+    assert build(name, num_classes=0, global_pool="").eval()(x).shape == features.shape
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_feature_info_is_true(name):
-    backbone = build(name, features_only=True).eval()
+def test_default_cfg_names_what_there_is(built):
+    model, cfg = built[1], built[1].default_cfg
+    assert {f"{cfg['classifier']}.weight", f"{cfg['first_conv']}.weight"} <= model.state_dict().keys()
+    assert (cfg["mean"], cfg["std"]) == ((0, 0, 0), (1, 1, 1)) and cfg["input_size"][0] == model.in_chans
+    reduction = model.feature_info[-1]["reduction"]
+    assert cfg["pool_size"] == tuple(math.ceil(side / reduction) for side in cfg["input_size"][1:])
+
+
+@torch.no_grad()
+def test_feature_levels_are_true(built):
+    name, model = built
     x = images(name)
-    outputs = backbone(x)
-    assert len(outputs) == len(backbone.feature_info.channels())
-    for output, channels, reduction in zip(outputs, backbone.feature_info.channels(), backbone.feature_info.reduction(), strict=True):
-        assert output.shape[1] == channels
-        assert output.shape[2] == math.ceil(x.shape[2] / reduction)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_intermediates_end_in_the_features(name):
-    model = build(name).eval()
-    x = images(name)
-    final, intermediates = model.forward_intermediates(x)
+    info = FeatureInfo(copy.deepcopy(model.feature_info), tuple(range(len(model.feature_info))))
+    final, levels = model.forward_intermediates(x)
     torch.testing.assert_close(final, model.forward_features(x))
-    torch.testing.assert_close(intermediates[-1], final)
-    (second,) = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
-    torch.testing.assert_close(second, intermediates[1])
+    torch.testing.assert_close(levels[-1], final)
+    for level, channels, reduction in zip(levels, info.channels(), info.reduction(), strict=True):
+        assert level.shape[1:] == (channels, math.ceil(size_of(name) / reduction), math.ceil(size_of(name) / reduction))
+    (second,) = model.forward_intermediates(x, indices=[-len(levels) + 1], stop_early=True, intermediates_only=True, norm=True)
+    torch.testing.assert_close(second, levels[1])
+    ended, last = model.forward_intermediates(x, indices=1)
+    assert len(last) == 1 and torch.equal(last[0], ended)
+    with pytest.raises(ValueError, match="output_fmt"):
+        model.forward_intermediates(x, output_fmt="NLC")
+    backbone = build(name, features_only=True).eval()
+    assert backbone.feature_info.channels() == info.channels() and backbone.feature_info.reduction() == info.reduction()
+    for output, level in zip(backbone(x), levels, strict=True):
+        torch.testing.assert_close(output, level)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_other_inputs(name):
-    model = build(name).eval()
+def test_a_hybrid_has_the_feature_levels_of_its_resnet():
+    for name in ("coda_resnet18", "coda_resnet50"):
+        assert build(name, features_only=True).feature_info.reduction() == [2, 4, 8, 16, 32]
+
+
+def test_pruned_networks_end_at_the_tap_and_train_all_that_is_left(built):
+    name, model = built
+    x = images(name)
+    with torch.no_grad():
+        levels = model.forward_intermediates(x, intermediates_only=True)
+        whole = copy.deepcopy(model)
+        whole.prune_intermediate_layers([len(levels) - 1], prune_head=False)
+        torch.testing.assert_close(whole(x), model(x))
+    for index in (0, 1):
+        pruned = copy.deepcopy(model)
+        assert pruned.prune_intermediate_layers([index]) == [index]
+        features = pruned.forward_features(x)
+        torch.testing.assert_close(features, levels[index])
+        features.sum().backward()
+        assert all(parameter.grad is not None for parameter in pruned.parameters())
+        pruned.reset_classifier(3, model.head.pool_type)
+        assert pruned(x).shape == (2, 3)
+
+
+def test_gradient_checkpointing_changes_nothing(built):
+    name, model = built[0], copy.deepcopy(built[1])
+    logits = model(images(name))
+    logits.sum().backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(model(images(name)), logits)
+    model(images(name)).sum().backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+
+
+def test_layer_decay_orders_the_layers_and_spares_biases(built):
+    model = built[1]
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    head = {key for key in layers if key.startswith("head.")}
+    assert {layers[key] for key in head} == {max(layers.values())}
+    first = next(iter(dict(model.named_parameters())))
+    assert layers[first] == 0 and len(set(layers.values())) > len(model.stage_names)
+    assert len(set(group_parameters(model, model.group_matcher(coarse=True), reverse=True).values())) == len(model.stage_names) + 1
+    optimizer = create_optimizer_v2(model, opt="sgd", lr=0.1, weight_decay=0.1, layer_decay=0.5)
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    named = dict(model.named_parameters())
+    scales = {key: groups[id(parameter)]["lr_scale"] for key, parameter in named.items()}
+    assert all(scales[key] == 1 for key in head) and scales[first] == min(scales.values()) < 1
+    for key, parameter in named.items():
+        assert (groups[id(parameter)]["weight_decay"] == 0) == (key.endswith("up_bias") or parameter.ndim == 1), key
+
+
+@torch.no_grad()
+def test_other_inputs(built):
+    name, model = built
     x = images(name)
     torch.testing.assert_close(model(x.contiguous(memory_format=torch.channels_last)), model(x), rtol=1e-4, atol=1e-4)
-    assert model(torch.rand(1, 3, 2 * x.shape[2], x.shape[2])).shape == (1, 10)
+    channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(channels_last(x), model(x), rtol=1e-4, atol=1e-4)
+    assert model(torch.rand(1, 3, 2 * x.shape[2], x.shape[2] + 5)).shape == (1, 10)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert model(x).isfinite().all()
-    with pytest.raises(ValueError, match="in_chans"):
-        timm.create_model(name, in_chans=1)
+        rounded = model.forward_features(x).float()
+    exact = model.forward_features(x)
+    assert (rounded - exact).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize("name", ["coda_s", "coda_resnet20", "coda_resnet50", "resnet20"])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_input_channels(name, channels):
+    model = build(name, in_chans=channels)
+    assert model.in_chans == channels
+    assert model(images(name, channels=channels)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", ["coda_s", "coda_resnet50", "resnet20"])
+def test_device_and_type_of_the_parameters(name):
+    model = build(name, device="meta", dtype=torch.float64)
+    model.reset_classifier(3)
+    assert all(parameter.device.type == "meta" and parameter.dtype == torch.float64 for parameter in model.parameters())
+    assert model(torch.empty(2, 3, 64, 64, device="meta", dtype=torch.float64)).shape == (2, 3)
+    assert build(name, dtype=torch.float64).eval()(images(name, dtype=torch.float64)).dtype == torch.float64
 
 
 @pytest.mark.parametrize("name", CODA)
-def test_untrained_logits_are_near_the_bias_and_options_arrive(name):
-    model = build(name, temperature=1e5, logit_bias=-1.0, norm="l2", rank=3).eval()
-    torch.testing.assert_close(model(images(name)), torch.full((2, 10), -1.0), rtol=0, atol=0.1)
-    assert all(module.norm == "l2" for module in model.modules() if isinstance(module, DAUConv2d))
-    assert model.get_classifier().rank in (3, 6)  # S-CoDA's ranks double once
+def test_options_arrive(name):
+    model = build(name, device="meta", temperature=7.0, logit_bias=-1.0, norm="l2", rank=3, coda_width=24)
+    daus = [model.get_submodule(key) for key in dau_names(model)]
+    assert {dau.norm for dau in daus} == {"l2"} and min(dau.rank for dau in daus) <= 3
+    assert (model.temperature, model.logit_bias, model.head.temperature) == (7.0, -1.0, 7.0)
+    assert daus[0].out_channels == 24 if name in PURE else daus[-2].out_channels == 24
     with pytest.raises(ValueError, match="temperature"):
-        build(name, temperature=0)
+        build(name, device="meta", temperature=0)
+    with pytest.raises(TypeError):
+        build(name, device="meta", no_such_option=1)
 
 
-@pytest.mark.parametrize("name", [n for n in CODA if "resnet" in n])
-def test_conv_stages_moves_the_junction(name):
-    stages = 3 if name == "coda_resnet20" else 4
-    for conv_stages in range(stages + 1):
-        model = build(name, conv_stages=conv_stages)
-        dynamic = [any(isinstance(m, DAUConv2d) for m in getattr(model, f"stage{i + 1}").modules()) for i in range(stages)]
-        assert dynamic == [i >= conv_stages for i in range(stages)]
-        assert model(images(name)).shape == (2, 10)
+@pytest.mark.parametrize(("name", "args"), junctions(HYBRIDS))
+def test_conv_stages_moves_the_junction(name, args):
+    model = build(name, device="meta", **args)
+    stages = [model.get_submodule(stage) for stage in model.stage_names]
+    dynamic = [any(isinstance(module, DAUConv2d) for module in stage.modules()) for stage in stages]
+    assert dynamic == [index > args["conv_stages"] for index in range(stages_of(name) + 1)]
     with pytest.raises(ValueError, match="conv_stages"):
-        build(name, conv_stages=stages + 1)
+        build(name, device="meta", conv_stages=stages_of(name) + 1)
+
+
+def test_s_and_l_are_those_of_the_official_code():
+    for name, units, ranks, kernels, strides in (
+        ("coda_s", [16, 16, 32, 32, 32, 64, 64, 64, 10], [32, 32, *[64] * 7], [*[3] * 8, 1], [1, 1, 2, 1, 1, 2, 1, 1, 1]),
+        ("coda_l", [16, 32, 32, *[64] * 5, 100], [*[64] * 3, *[128] * 3, *[256] * 3], [7, *[3] * 8], [3, 1, 1, 2, 1, 1, 2, 1, 1]),
+    ):
+        model = timm.create_model(name, device="meta")
+        daus = [model.get_submodule(key) for key in dau_names(model)]
+        assert [dau.out_channels for dau in daus] == units and [dau.rank for dau in daus] == ranks
+        assert [dau.kernel_size for dau in daus] == kernels and [dau.stride for dau in daus] == strides
+        assert [dau.padding for dau in daus] == [kernel // 2 for kernel in kernels]
+    assert model.temperature == 100_000
+
+
+@torch.no_grad()
+def test_a_compiled_network_agrees():
+    model, x = build("coda_resnet20").eval(), images("coda_resnet20")
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
+
+
+@torch.no_grad()
+def test_feature_extraction_by_graph_sees_a_dau_as_one_node():
+    model, x = build("coda_resnet20").eval(), images("coda_resnet20")
+    leaves = dict(leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions())
+    graph = create_feature_extractor(model, ["stage3.1", "head.classifier"], tracer_kwargs=leaves)(x)
+    torch.testing.assert_close(graph["head.classifier"].sum((2, 3)) / model.temperature + model.logit_bias, model(x))
 
 
 def test_black_is_as_visible_as_white():
-    assert coda_resnet.CoDAResNet.encode(None, torch.zeros(1, 3, 1, 1)).flatten().tolist() == [0, 0, 0, 1, 1, 1]
+    assert encode(torch.zeros(1, 3, 1, 1)).flatten().tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_a_training_step_of_coda_resnet50_at_full_size_fits_in_8_gib():

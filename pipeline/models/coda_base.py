@@ -1,0 +1,167 @@
+"""What pure CoDA networks and hybrids share: the image's encoding, the start of the DAUs, the head (arXiv 2109.13004, section 4)."""
+
+import math
+from typing import Any
+
+import torch
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+from pipeline.models.dau import DAUConv2d, Norm
+from pipeline.models.pretrained import adapt_checkpoint
+from pipeline.models.staged import StagedNet, build
+
+LOGIT_BIAS = math.log(0.1 / 0.9)  # an untrained network says "10 %" for every class
+
+register_notrace_module(DAUConv2d)  # a leaf of torch.fx graphs: its loops depend on shapes
+
+
+def encode(images: Tensor) -> Tensor:
+    """[x, 1 - x] (B, 2 C, H, W) of images (B, C, H, W) in [0, 1], for RGB [r, g, b, 1-r, 1-g, 1-b]: black is as visible as white."""
+    return torch.cat([images, 1 - images], dim=1)
+
+
+@torch.no_grad()
+def initialise(layer: DAUConv2d) -> None:
+    """Draw A, B and b so that the signal keeps its size through a chain of layers, whatever their rank and norm.
+
+    A unit's output is at most |x|, and shrinks by the factor that g leaves of a random weight's norm; a chain of nine multiplies nine
+    of these. ``sq``: |b| = 3, hence |w| >= 3 at the start mostly, and g leaves |w|^2 / (1 + |w|^2) = 0.9 of it. ``wb``: a random A with
+    a random z has |A z| near |A| |z| / sqrt(rank); so the columns of A, and the rows of B, start as one common vector plus as much
+    noise, which gives |A z| near |A| |z| / 2. Ours; docs/models.md has the measurement.
+    """
+    fan_in, rank = layer.up_weight.shape[1:]
+    layer.down.reset_parameters()
+    if layer.norm == "wb":
+        common_row = torch.randn_like(layer.down.weight[:1])
+        layer.down.weight.normal_().add_(common_row).div_(math.sqrt(2 * fan_in))
+        common_column = torch.randn_like(layer.up_weight[:, :, :1])
+        layer.up_weight.normal_().add_(common_column).div_(math.sqrt(2 * fan_in * rank))
+        return
+    nn.init.uniform_(layer.up_weight, -1 / math.sqrt(rank), 1 / math.sqrt(rank))
+    if layer.up_bias is not None:
+        bound = 3 * math.sqrt(3 / fan_in)
+        nn.init.uniform_(layer.up_bias, -bound, bound)
+
+
+class CoDAHead(nn.Module):
+    """One dynamic alignment unit per class on every position, summed over positions: logit = sum / T + b0.
+
+    Args:
+        in_channels, num_classes: num_classes 0 leaves mean-pooled features.
+        width: if given and the features have more channels, a 1x1 DAU first reduces them to as many (the classifying DAU alone
+            would have in_channels * rank parameters per class).
+        kernel: of the classifying DAU; padding is kernel // 2.
+        rank, norm: of these DAUs.
+        temperature: T > 0; higher asks for more alignment.
+        logit_bias: b0, the same for all classes.
+        pool_type: "sum" for logits, "" to keep the map of outputs per position.
+
+    Shape: (B, in_channels, H, W) -> (B, num_classes), with ``pool_type=""`` (B, num_classes, H, W) before T and b0.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        width: int | None,
+        kernel: int,
+        rank: int,
+        norm: Norm,
+        temperature: float,
+        logit_bias: float,
+        pool_type: str,
+    ):
+        super().__init__()
+        if pool_type not in ("sum", ""):
+            raise ValueError(f"global_pool is {pool_type!r}; a CoDA head pools by 'sum', or '' for none")
+        self.pool_type, self.temperature, self.logit_bias = pool_type, temperature, logit_bias
+        self.reduce: nn.Module = nn.Identity()
+        self.classifier: nn.Module = nn.Identity()
+        if num_classes:
+            if width and in_channels > width:
+                self.reduce, in_channels = DAUConv2d(in_channels, width, 1, rank=rank, norm=norm), width
+            self.classifier = DAUConv2d(in_channels, num_classes, kernel, padding=kernel // 2, rank=rank, norm=norm)
+
+    def forward(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        if pre_logits or isinstance(self.classifier, nn.Identity):
+            return features.mean((2, 3)) if self.pool_type else features
+        outputs = self.classifier(self.reduce(features))
+        return outputs.sum((2, 3)) / self.temperature + self.logit_bias if self.pool_type else outputs
+
+
+class CoDAStagedNet(StagedNet):
+    """A staged network that reads the encoding [x, 1 - x] and ends in a :class:`CoDAHead`."""
+
+    def __init__(
+        self,
+        *args: Any,
+        head_rank: int,
+        head_kernel: int = 1,
+        head_width: int | None = None,
+        norm: Norm,
+        temperature: float,
+        logit_bias: float,
+        **kwargs: Any,
+    ):
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; it must be positive")
+        self._head_args: dict[str, Any] = dict(
+            width=head_width, kernel=head_kernel, rank=head_rank, norm=norm, temperature=temperature, logit_bias=logit_bias
+        )
+        super().__init__(*args, **kwargs)
+        self._traits = dict(first_conv=None)  # `adapt_checkpoint` adapts weights to other input channels, not timm
+        for name in self.stage_names:
+            for module in self.get_submodule(name).modules():
+                if isinstance(module, DAUConv2d):
+                    initialise(module)
+
+    @property
+    def temperature(self) -> float:
+        """T: contributions sum to T * (logit - b0)."""
+        return self._head_args["temperature"]
+
+    @property
+    def logit_bias(self) -> float:
+        """b0, the logit of an image that nothing aligns with."""
+        return self._head_args["logit_bias"]
+
+    def encode(self, images: Tensor) -> Tensor:
+        return encode(images)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimiser factory must not decay: the biases of the dynamic weights, matrices though they are."""
+        return {name for name, _ in self.named_parameters() if name.endswith("up_bias")}
+
+    def new_head(self, num_classes: int, global_pool: str) -> nn.Module:
+        head = CoDAHead(self.num_features, num_classes, pool_type=global_pool, **self._head_args)
+        for module in head.children():
+            if isinstance(module, DAUConv2d):
+                initialise(module)
+        return head
+
+
+def build_coda(cls: type[CoDAStagedNet], name: str, pretrained: bool, levels: int, sizes: dict[str, Any], options: dict[str, Any]) -> Any:
+    """A network of ``sizes``, changed by the caller's ``options``; with ``pretrained`` weights it needs no pretrained_backbone."""
+    if pretrained:
+        options = {key: value for key, value in options.items() if key != "pretrained_backbone"}
+    return build(cls, name, pretrained, levels, pretrained_filter_fn=adapt_checkpoint, **{**sizes, **options})
+
+
+def default_cfg(size: int, reduction: int, classes: int, first_conv: str, classifier: str = "head.classifier.down") -> dict[str, Any]:
+    """timm's description of a model that has no published weights: square input of ``size`` pixels, [0, 1] RGB.
+
+    ``first_conv`` and ``classifier`` name modules that have a ``weight``; of a DAU that is its projection B.
+    """
+    return dict(
+        num_classes=classes,
+        input_size=(3, size, size),
+        pool_size=(-(-size // reduction), -(-size // reduction)),
+        crop_pct=1.0 if size <= 64 else 0.875,
+        interpolation="bicubic",
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        first_conv=first_conv,
+        classifier=classifier,
+    )
