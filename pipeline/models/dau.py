@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.dau_functional import Geometry, dynamic_dot
+from pipeline.models.dau_functional import Geometry, dynamic_dot, quotient
 
 Norm = Literal["sq", "l2", "wb"]
 NORM2_FLOOR = 1e-12  # below it a weight counts as zero: its rescaling is constant there, so that gradients stay finite
@@ -23,13 +23,14 @@ class DAUConv2d(nn.Module):
 
     Shape: (B, in_channels, H, W) -> (B, out_channels, H', W') with H', W' as in ``nn.Conv2d``. Computes and answers in the
     parameters' precision even under autocast, the norm at least in fp32; only on CUDA, bf16 autocast makes bf16 the operands of the
-    large products. Differentiable once.
+    large products. Differentiable once, but see ``explaining``.
 
     Parameters ``down.weight`` is B (rank, in_channels, k, k); ``up_weight`` is A (out_channels, k * k * in_channels, rank);
     ``up_bias`` is b (out_channels, k * k * in_channels) or None. Values of a patch are ordered row, column, channel.
 
-    Attribute ``explaining``: while True, the dynamic weights are constants of the backward pass (explanation mode), so that
-    the layer is exactly linear in its input and input x gradient gives exact contributions.
+    Attribute ``explaining``: while True, the dynamic weights are constants of a backward pass (explanation mode), so that
+    the layer is exactly linear in its input and input x gradient gives exact contributions. That gradient, sum_o a_o w_o, may
+    itself be differentiated once more, by a pass with ``explaining`` False: a loss can be put on it.
     """
 
     def __init__(
@@ -76,15 +77,13 @@ class DAUConv2d(nn.Module):
             z = z_map.permute(0, 2, 3, 1).reshape(-1, self.rank)  # (N, r)
             weight: Tensor = self.up_weight
             bias: Tensor | None = self.up_bias
-            if self.explaining:
-                z, weight, bias = z.detach(), weight.detach(), None if bias is None else bias.detach()
             geometry = Geometry(self.kernel_size, self.stride, self.padding)
             bias_operand = None if bias is None else bias.to(operands)
-            dot, norm2 = dynamic_dot(x.to(operands), z.to(operands), weight.to(operands), bias_operand, geometry, self.norm != "wb")
+            dot, norm2 = dynamic_dot(x.to(operands), z.to(operands), weight.to(operands), bias_operand, geometry, self.norm != "wb", self)
             if norm2 is None:
                 norm2 = z.to(exact).square().sum(1, keepdim=True) * weight.to(exact).square().sum((1, 2))  # (N, 1) * (O,)
             norm = norm2.clamp_min(NORM2_FLOOR).sqrt()
-            y = dot / (norm + 1 / norm) if self.norm == "sq" else dot / norm
+            y = quotient(dot, norm + 1 / norm if self.norm == "sq" else norm, self)
             return y.to(own).view(len(x), *z_map.shape[2:], -1).permute(0, 3, 1, 2)  # (N, O) -> (B, O, H', W')
 
     def extra_repr(self) -> str:

@@ -6,7 +6,7 @@ Legend: B images, N positions (B * H_out * W_out), C input channels, k kernel, d
 """
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -52,15 +52,23 @@ def fold(rows: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
     return padded[:, padding : padding + size[0], padding : padding + size[1]].permute(0, 3, 1, 2)
 
 
+class Explains(Protocol):
+    """Whose ``explaining`` decides, at the time of a backward pass, whether that holds the dynamic weights fixed."""
+
+    explaining: bool
+
+
 @torch.compiler.disable
 def dynamic_dot(
-    x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, with_norm: bool
+    x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, with_norm: bool, owner: Explains
 ) -> tuple[Tensor, Tensor | None]:
     """Dot products and squared weight norms of every unit at every position.
 
-    Saves only its arguments for backward. Differentiable once, in every tensor argument; where only ``x`` needs a gradient
-    (explanation mode), ``torch.autograd.grad(..., is_grads_batched=True)`` forms the dynamic weights once for all targets.
-    ``torch.compile`` breaks the graph here.
+    Saves only its arguments for backward. ``torch.compile`` breaks the graph here.
+
+    A usual backward pass differentiates every tensor argument, once. One with ``owner.explaining`` (explanation mode) gives
+    the gradient of dot in ``x`` for fixed weights, sum_o a_o w_o, and nothing else; under ``torch.func.vmap`` it forms the dynamic
+    weights once for all targets. That gradient can be differentiated again, in a, z, weight and bias.
 
     Args:
         x: input (B, C, H, W), in fp32, fp64 or bf16 as the other operands.
@@ -69,37 +77,39 @@ def dynamic_dot(
         bias: b, (O, d), or None.
         geometry: of the patches.
         with_norm: whether norm2 is wanted; it costs more than the dot product where r is close to d.
+        owner: asked for ``explaining``.
 
     Returns:
         dot (N, O), and norm2 (N, O) or None; in fp32 for bf16 operands.
     """
-    dot, norm2 = _DynamicDot.apply(x, z, weight, bias, geometry, with_norm)
+    dot, norm2 = _DynamicDot.apply(x, z, weight, bias, geometry, with_norm, owner)
     return dot, norm2
 
 
 class _DynamicDot(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, z, weight, bias, geometry, with_norm):
+    def forward(ctx, x, z, weight, bias, geometry, with_norm, owner):
         ctx.save_for_backward(x, z, weight, bias)
-        ctx.geometry, ctx.with_norm = geometry, with_norm
+        ctx.geometry, ctx.with_norm, ctx.owner = geometry, with_norm, owner
         return _kernels(weight).forward(unfold(x, geometry), z, weight, bias, with_norm)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_dot, grad_norm2):
         x, z, weight, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
-        if not any(needs[1:]):
-            return (_Explanation.apply(grad_dot, z, weight, bias, x.shape, ctx.geometry) if needs[0] else None, *[None] * 5)
+        if ctx.owner.explaining:
+            return (_Explanation.apply(grad_dot, z, weight, bias, x.shape, ctx.geometry) if needs[0] else None, *[None] * 6)
+        if torch.is_grad_enabled():
+            raise RuntimeError("DAUConv2d is differentiable once, except in explanation mode")
         rows = unfold(x, ctx.geometry)
         grad_norm2 = grad_norm2 if ctx.with_norm else None
         grad_rows, *others = _kernels(weight).backward(rows, z, weight, bias, grad_dot, grad_norm2, needs)
         grad_x = None if grad_rows is None else fold(grad_rows, x.shape, ctx.geometry)
-        return grad_x, *others, None, None
+        return grad_x, *others, None, None, None
 
 
 class _Explanation(torch.autograd.Function):
-    """The gradient in x with the dynamic weights held fixed; under ``vmap`` for all K targets at once."""
+    """The gradient in x with the dynamic weights held fixed, sum_o a_o w_o; under ``vmap`` for all K targets at once."""
 
     @staticmethod
     def forward(grad_dot, z, weight, bias, shape, geometry):
@@ -107,15 +117,46 @@ class _Explanation(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        pass
+        *tensors, _, ctx.geometry = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def vmap(info, in_dims, grad_dot, z, weight, bias, shape, geometry):
         grad_dot = grad_dot.movedim(in_dims[0], 0)  # (K, N, O)
-        kernels = _kernels(weight)
-        grad_rows = kernels.explain(z, weight, bias, grad_dot)  # (K, N, d)
+        grad_rows = _kernels(weight).explain(z, weight, bias, grad_dot)  # (K, N, d)
         folded = fold(grad_rows.flatten(0, 1), torch.Size([len(grad_dot) * shape[0], *shape[1:]]), geometry)
         return folded.unflatten(0, (-1, shape[0])), 0
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        """<grad, sum_o a_o w_o> is a dot product itself, of patches of ``grad`` in place of x."""
+        grad_dot, z, weight, bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        rows, kernels = unfold(grad, ctx.geometry), _kernels(weight)
+        of_dot = kernels.forward(rows, z, weight, bias, False)[0] if needs[0] else None
+        return of_dot, *kernels.backward(rows, z, weight, bias, grad_dot, None, (False, *needs[1:]))[1:], None, None
+
+
+@torch.compiler.disable
+def quotient(dot: Tensor, divisor: Tensor, owner: Explains) -> Tensor:
+    """dot / divisor, both (N, O); with ``owner.explaining`` a backward pass holds the divisor fixed, as :func:`dynamic_dot` does w."""
+    return _Quotient.apply(dot, divisor, owner)
+
+
+class _Quotient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dot, divisor, owner):
+        y = dot / divisor
+        ctx.save_for_backward(y, divisor)
+        ctx.owner = owner
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, divisor = ctx.saved_tensors
+        of_dot = grad / divisor
+        return of_dot, None if ctx.owner.explaining else -of_dot * y, None
 
 
 def _kernels(weight: Tensor) -> Any:

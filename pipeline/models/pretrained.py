@@ -99,8 +99,11 @@ def adapt_checkpoint(state: State, model: Any) -> State:
     adapted = {}
     for key, value in state.items():
         if key.startswith(first_layer) and key in own and own[key].shape != value.shape and value.ndim > 1:
-            taps = 1 if value.ndim == 4 else own[key].shape[1] // (2 * model.in_chans)  # A and b hold channels and taps in one axis
-            by_channel = value.reshape(len(value), value.shape[1] // taps, taps, -1) if value.ndim < 4 else value
-            value = _adapt_halves(by_channel, model.in_chans).reshape(own[key].shape)
+            if value.ndim == 4:
+                value = _adapt_halves(value, model.in_chans)
+            else:  # A (O, d, r) and b (O, d) of a DAU, d ordered row, column, channel
+                taps = own[key].shape[1] // (2 * model.in_chans)
+                by_channel = value.reshape(len(value), taps, value.shape[1] // taps, -1).transpose(1, 2)
+                value = _adapt_halves(by_channel, model.in_chans).transpose(1, 2).reshape(own[key].shape)
         adapted[key] = value
     return adapted

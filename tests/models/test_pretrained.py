@@ -7,6 +7,7 @@ from family import build, images
 from safetensors.torch import save_file
 
 from pipeline.errors import UserError
+from pipeline.models.dau_functional import Geometry, dynamic_dot
 from pipeline.recipe import ModelRecipe
 from pipeline.training.model import build_model
 
@@ -94,6 +95,13 @@ def test_a_checkpoint_is_loaded_whole_or_without_its_classifier(name, args, tmp_
     torch.testing.assert_close(backbone(x)[-1], source.forward_features(x))
 
 
+def first_dot(model, x):
+    """Dot products of the first layer's dynamic weights and inputs, without the rescaling."""
+    layer, encoded = model.stage1[0], model.encode(x)
+    z = layer.down(encoded).permute(0, 2, 3, 1).reshape(-1, layer.rank)
+    return dynamic_dot(encoded, z, layer.up_weight, layer.up_bias, Geometry(3, 1, 1), False, layer)[0]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["coda_s", "coda_resnet20"])
 @pytest.mark.parametrize("channels", [1, 4])
@@ -106,6 +114,8 @@ def test_a_checkpoint_fits_other_input_channels(name, channels, tmp_path):
     x = images(name, channels=1)
     if channels == 1 and name == "coda_resnet20":  # a convolution sums over the channels
         torch.testing.assert_close(model(x), source(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
+    if channels == 1 and name == "coda_s":  # so does a DAU's dot product
+        torch.testing.assert_close(first_dot(model, x), first_dot(source, x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
     assert model(x.expand(-1, channels, -1, -1)).isfinite().all()
     first, *rest = model.state_dict(), source.state_dict()
     later = [key for key in rest[0] if not key.startswith(("stem.conv1", "stage1.0."))]
