@@ -5,20 +5,31 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.distributed import report
 from pipeline.errors import UserError
 
 EXIT_USER_ERROR = 2
+EXIT_IO_ERROR = 74  # EX_IOERR of sysexits.h
 EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 with one line on stderr for a user's mistake, 130 for Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    """Run one command; returns the exit code: 0; with one line on stderr 2 for a user's mistake, 74 for a disk's; 130 for Ctrl-C."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse takes no positional arguments behind an option
+        options.overrides += rest
     try:
         return options.run(options) or 0
     except UserError as error:
+        report("mistake")
         print(f"coda: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except OSError as error:  # of a disk or a file: full, not readable, gone
+        print(f"coda: {error}", file=sys.stderr)
+        return EXIT_IO_ERROR
     except KeyboardInterrupt:
         print("coda: interrupted; the same command continues a training from its newest checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -44,11 +55,26 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.epochs=3")
     sub = command("export", _export, "Write the newest checkpoint of a run as model.safetensors + config.json.")
     sub.add_argument("folder", type=Path, metavar="RUN")
-    sub = command("evaluate", _evaluate, "Evaluate the export of a run again; writes evaluation.json and pictures.")
+    sub = command(
+        "evaluate", _evaluate, "Evaluate the export of a run: computes what is missing; writes evaluation.json, tables, pictures."
+    )
     sub.add_argument("folder", type=Path, metavar="RUN|EXPORT")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as evaluation.grids=500")
+    sub.add_argument("--metrics", metavar="NAME,...|all", help="default: evaluation.final_metrics of the recipe")
+    sub.add_argument("--methods", metavar="NAME,...|all", help="explanations to judge; default: evaluation.methods of the recipe")
+    sub = command("explain", _explain, "Show what in images or a video speaks for and against classes, as one HTML page.")
+    sub.add_argument("folder", type=Path, metavar="RUN|EXPORT")
+    sub.add_argument("source", type=Path, metavar="IMAGE|FOLDER|VIDEO")
+    classes = sub.add_mutually_exclusive_group()
+    classes.add_argument("--top-k", type=int, default=3, help="explain the k most probable classes (default 3)")
+    classes.add_argument("--class", dest="wanted", metavar="NAME|INDEX", help="explain this class")
+    sub.add_argument("--layers", action="store_true", help="show the contributions of every layer, too")
+    sub.add_argument("--output", type=Path, help="folder of the page (default RUN/explanations/<name of the source>)")
     sub = command("compare", _compare, "Show evaluated runs beside each other.")
     sub.add_argument("folders", type=Path, nargs="+", metavar="RUN")
+    sub = command("models", _models, "Print what the CoDA networks cost, for every junction, as a markdown table.")
+    sub.add_argument("names", nargs="*", metavar="MODEL", help="all if none is named")
+    sub.add_argument("--time", action="store_true", help="also measure CPU time; takes minutes")
     sub = command("sync", _sync, "Send what MLflow has not received of a run.")
     sub.add_argument("folder", type=Path, metavar="RUN")
     return parser
@@ -89,28 +115,56 @@ def _export(options: argparse.Namespace) -> None:
 
     recipe = load_stored(options.folder)
     state, classes = newest_model(options.folder / "checkpoints")
-    model = build_model(recipe.model, len(classes))
+    model = build_model(recipe.model, len(classes), fresh=False)
     model.load_state_dict(state)
     export(model, recipe, classes, options.folder / FOLDER)
     print(options.folder / FOLDER)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from pipeline.distributed import process_group
-    from pipeline.recipe import load_stored
-    from pipeline.results import compare, conclude
+    from typing import get_args
 
-    recipe = load_stored(options.folder, options.overrides)
+    from pipeline.distributed import process_group
+    from pipeline.recipe import Metric, load_stored
+    from pipeline.results import applicable_methods, compare, conclude, track
+    from pipeline.tracking import tracker_of
+
+    metrics = ",".join(get_args(Metric)) if options.metrics == "all" else options.metrics
+    methods = ",".join(applicable_methods(options.folder)) if options.methods == "all" else options.methods
+    asked = {"final_metrics": metrics, "methods": methods}
+    lists = [f"evaluation.{key}=[{names}]" for key, names in asked.items() if names]
+    recipe = load_stored(options.folder, [*options.overrides, *lists])
     with process_group() as world:
-        conclude(options.folder, recipe, world)
+        result = conclude(options.folder, recipe, world)
+        with tracker_of(recipe, options.folder, world) as tracker:
+            track(tracker, recipe, options.folder, result)
         if world.is_main:
             print(compare([options.folder]))
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from pipeline.explanations import explain
+
+    output = options.output or options.folder / "explanations" / options.source.name
+    print(explain(options.folder, options.source, output, top_k=options.top_k, wanted=options.wanted, all_layers=options.layers))
 
 
 def _compare(options: argparse.Namespace) -> None:
     from pipeline.results import compare
 
     print(compare(options.folders))
+
+
+def _models(options: argparse.Namespace) -> None:
+    import timm
+
+    from pipeline.models.cost import table
+
+    known = timm.list_models("coda_*")
+    for name in options.names:
+        if name not in known:
+            raise UserError(f"model {name!r} has no cost table; valid: {', '.join(known)}")
+    print(table(options.names or known, timed=options.time))
 
 
 def _sync(options: argparse.Namespace) -> None:

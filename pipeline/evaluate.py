@@ -1,22 +1,30 @@
-"""Metrics of a model on the validation split: every image exactly once for any number of processes."""
+"""Metrics of a model on the validation split, each defined in docs/method.md: every image exactly once for any number of processes.
 
-import math
-from collections.abc import Callable, Iterator
+One entry of METRICS is one metric; what it computes goes into values for tracking, and rows for a table and a figure.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from pipeline.data.load import EpochLoader, unit_range
+from pipeline.data.load import EpochLoader
 from pipeline.distributed import World, gather_across_ranks, sum_across_ranks
+from pipeline.interpret.alignment import alignment_histograms, distribution
 from pipeline.interpret.depth import interpretable_area, interpretable_depth
-from pipeline.interpret.explain import Layer, completeness_error, exact_layers, explainable_layers, layer_contributions
+from pipeline.interpret.explain import Layer, completeness_error, exact_layers, parts
+from pipeline.interpret.methods import BY_LAYER, at_input_size, attribution_maps, own_place, places
+from pipeline.interpret.pixel_removal import removal_curve
 from pipeline.interpret.pointing_game import choose_grids, localisation_scores, make_grids, summary
 from pipeline.recipe import Recipe
+from pipeline.result_store import Result, ResultStore, Row
+from pipeline.subject import Subject
 
+OWN = "contributions"  # the method of the network itself
 GRIDS_AT_ONCE = 4  # grids explained together
+REMOVED_SHARE, REMOVAL_POINTS = 0.25, 129
 
 
 @dataclass(frozen=True)
@@ -30,147 +38,216 @@ class LayerScore:
 
 @dataclass
 class Evaluation:
-    """Values by metric name, and the localisation of every layer from the output back to the input where it was asked for."""
+    """Values by metric name, and the rows of every metric's table."""
 
     values: dict[str, float] = field(default_factory=dict)
-    curve: list[LayerScore] = field(default_factory=list)
+    tables: dict[str, list[Row]] = field(default_factory=dict)
+
+    def add(self, metric: str, result: Result) -> None:
+        """Take in one result; a later value of one name replaces an earlier one."""
+        self.values |= result.values
+        if result.rows:
+            self.tables.setdefault(metric, []).extend(result.rows)
+
+    @property
+    def curve(self) -> list[LayerScore]:
+        """Localisation of the own contributions of every layer from the output back to the input; empty if not asked for."""
+        rows = [row for row in self.tables.get("depth", []) if row["method"] == OWN]
+        return [LayerScore(str(row["layer"]), float(row["distance"]), float(row["mean"])) for row in rows]
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is evaluated, and what the metrics share: each sample's label, prediction and logit of its own label."""
+def evaluate(
+    model: nn.Module,
+    recipe: Recipe,
+    loader: EpochLoader,
+    world: World,
+    metrics: Sequence[str],
+    methods: Sequence[str] = (OWN,),
+    store: ResultStore | None = None,
+) -> Evaluation:
+    """Compute ``metrics`` (names of METRICS) of ``methods`` on all processes together; every process gets the same result.
 
-    model: nn.Module
-    recipe: Recipe
-    loader: EpochLoader
-    world: World
-    labels: Tensor  # (N,) of the whole split, like the next two
-    predictions: Tensor
-    label_logits: Tensor
-    sums: Tensor  # (3,): loss, top-1 hits, top-5 hits, over all images of all processes
-
-
-def evaluate(model: nn.Module, recipe: Recipe, loader: EpochLoader, world: World, metrics: tuple[str, ...]) -> Evaluation:
-    """Compute ``metrics`` (names of ``METRICS``) on all processes together; every process gets the same result.
-
-    The model is left in the mode in which it was found.
+    With a ``store``, what it holds is not computed again, and what is computed is stored at once: an interrupted evaluation
+    continues with what is missing. The model is left in the mode in which it was found.
     """
     training = model.training
     model.eval()
     try:
-        subject = _predict(model, recipe, loader, world)
-        result = Evaluation()
-        for name in metrics:
-            METRICS[name](subject, result)
+        subject, result = Subject(model, recipe, loader, world), Evaluation()
+        for name, method in tasks(metrics, methods):
+            metric = METRICS[name]
+            settings = {"seed": recipe.seed, **{key: getattr(recipe.evaluation, key) for key in metric.settings}}
+            found = gather_across_ranks(store.get(name, method, settings) if store and world.is_main else None)[0]
+            if found is None:
+                found = metric.compute(subject, method)
+                if store and world.is_main:
+                    store.put(name, method, settings, found)
+            result.add(name, found)
         return result
     finally:
         model.train(training)
 
 
-@torch.no_grad()
-def _predict(model: nn.Module, recipe: Recipe, loader: EpochLoader, world: World) -> Subject:
-    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-    rows: list[Tensor] = []
-    with loader.epoch(0) as batches:
-        for batch in _progress(batches, loader.batches_per_epoch, "evaluate", world):
-            labels = batch.labels.to(world.device)
-            logits = model(unit_range(batch.images, world.device)).float()
-            ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-            loss = F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, logits.shape[1]).float(), reduction="sum")
-            sums += torch.stack([loss.double(), ranked[:, 0].sum(), ranked.any(1).sum()])
-            own = logits.gather(1, labels[:, None])[:, 0]
-            rows.append(torch.stack([batch.indices.double(), batch.labels.double(), logits.argmax(1).double().cpu(), own.double().cpu()]))
-    mine = torch.cat(rows, dim=1) if rows else torch.zeros(4, 0, dtype=torch.float64)
-    table = torch.cat(gather_across_ranks(mine), dim=1)  # (4, N)
-    table = table[:, table[0].argsort()]
-    if table.shape[1] != loader.samples:
-        raise RuntimeError(f"{table.shape[1]} of {loader.samples} images were evaluated")
-    labels, predictions = table[1].long(), table[2].long()
-    return Subject(model, recipe, loader, world, labels, predictions, table[3].float(), sum_across_ranks(sums).cpu())
+def tasks(metrics: Sequence[str], methods: Sequence[str]) -> list[tuple[str, str]]:
+    """(metric, method) pairs to compute: a metric that judges no maps once, the depth curve for methods that have one."""
+    pairs = []
+    for name in metrics:
+        judged = methods if METRICS[name].by_method else (OWN,)
+        pairs += [(name, method) for method in judged if name != "depth" or method in BY_LAYER]
+    return list(dict.fromkeys(pairs))
 
 
-def _accuracy(subject: Subject, result: Evaluation) -> None:
+def _accuracy(subject: Subject, method: str) -> Result:
     """Top-1, top-5 and the training loss of CoDA networks (binary cross entropy, summed over classes), over all images."""
-    loss, top1, top5 = (subject.sums / subject.loader.samples).tolist()
-    result.values |= {"val/loss": loss, "val/top1": top1, "val/top5": top5}
+    loss, top1, top5 = (subject.predicted.sums / subject.loader.samples).tolist()
+    return Result({"val/loss": loss, "val/top1": top1, "val/top5": top5}, [])
 
 
-def _completeness(subject: Subject, result: Evaluation) -> None:
+def _completeness(subject: Subject, method: str) -> Result:
     """Mean completeness error over the first images, predicted class, at the layer of the CoDA part where it is largest."""
     world, count = subject.world, min(subject.recipe.evaluation.completeness_images, subject.loader.samples)
-    layers = exact_layers(subject.model, explainable_layers(subject.model, _example(subject)))
+    layers, predictions = exact_layers(subject.model, subject.layers), subject.predicted.predictions
     sums = torch.zeros(len(layers), dtype=torch.float64, device=world.device)
-    samples = torch.arange(world.rank, count, world.size)
-    for images, chosen in _select(subject, samples, subject.loader.batch_size, "completeness"):
-        targets = subject.predictions[chosen].to(world.device)
+    for images, chosen in subject.select(subject.share(count), subject.loader.batch_size, "completeness"):
         for index, layer in enumerate(layers):
-            sums[index] += completeness_error(subject.model, images, targets, layer.name).sum()
-    result.values["interp/completeness_error"] = (sum_across_ranks(sums) / count).max().item()
+            sums[index] += completeness_error(subject.model, images, predictions[chosen].to(world.device), layer.name).sum()
+    errors = sum_across_ranks(sums) / count
+    rows: list[Row] = [{"layer": _title(layer), "error": error} for layer, error in zip(layers, errors.tolist(), strict=True)]
+    return Result({"interp/completeness_error": errors.max().item()}, rows)
 
 
-def _localisation(subject: Subject, result: Evaluation) -> None:
-    """Grid pointing game at the input and at the junction, the deepest layer from which the network is exactly dynamic linear."""
-    layers = explainable_layers(subject.model, _example(subject))
-    _score(subject, result, [exact_layers(subject.model, layers)[-1], layers[-1]])
+def _alignment(subject: Subject, method: str) -> Result:
+    """Distribution of cos(w, x) over units, positions and the first images, for each DAU layer; nothing without DAU layers."""
+    total: dict[str, Tensor] = {}
+    samples = subject.share(subject.recipe.evaluation.alignment_images)
+    for images, _ in subject.select(samples, subject.loader.batch_size, "alignment"):
+        for name, histogram in alignment_histograms(subject.model, images).items():
+            total[name] = total.get(name, 0) + histogram.cpu()
+    everyone = gather_across_ranks(total)
+    names = dict.fromkeys(name for histograms in everyone for name in histograms)
+    summed = {name: sum(histograms[name] for histograms in everyone if name in histograms) for name in names}
+    rows: list[Row] = [{"layer": name, **distribution(histogram)} for name, histogram in summed.items()]
+    if not rows:
+        return Result({}, [])
+    return Result({"interp/alignment": sum(float(row["median"]) for row in rows) / len(rows)}, rows)
 
 
-def _depth(subject: Subject, result: Evaluation) -> None:
+def _localisation(subject: Subject, method: str) -> Result:
+    """Grid pointing game of the maps of ``method``; of own contributions at the junction too, see ``exact_layers``."""
+    layers = [own_place(method, subject.layers)]
+    if method == OWN:
+        layers = [exact_layers(subject.model, subject.layers)[-1], *layers]
+    scores, grids = _play(subject, method, layers, subject.recipe.evaluation.grid_size)
+    return Result({"interp/grids": grids, **_named("localisation", method, scores)}, _score_rows(method, layers, scores, grids))
+
+
+def _localisation_2x2(subject: Subject, method: str) -> Result:
+    """The same with grids of 2 x 2, wherever the method makes its map."""
+    layers = [own_place(method, subject.layers)]
+    scores, grids = _play(subject, method, layers, 2)
+    return Result(_named("localisation_2x2", method, scores), _score_rows(method, layers, scores, grids))
+
+
+def _depth(subject: Subject, method: str) -> Result:
     """Grid pointing game at every layer; interpretable depth and area of the curve."""
-    layers = explainable_layers(subject.model, _example(subject))
-    scores = _score(subject, result, layers)
-    if scores is not None:
-        means = [s.double().mean().item() for s in scores]
-        result.curve = [LayerScore(layer.name or "input", layer.distance, mean) for layer, mean in zip(layers, means, strict=True)]
-        points = [(layer.distance, mean) for layer, mean in zip(layers, means, strict=True)]
-        result.values |= {"interp/depth": interpretable_depth(points), "interp/area": interpretable_area(points)}
+    layers = places(method, subject.layers)
+    scores, grids = _play(subject, method, layers, subject.recipe.evaluation.grid_size)
+    rows, values = _score_rows(method, layers, scores, grids), {"interp/grids": float(grids)}
+    if scores:
+        points = [(layer.distance, score.double().mean().item()) for layer, score in zip(layers, scores, strict=True)]
+        values |= {_name("depth", method): interpretable_depth(points), _name("area", method): interpretable_area(points)}
+    if method == OWN:
+        junction = len(exact_layers(subject.model, layers)) - 1
+        values |= _named("localisation", method, [scores[junction], scores[-1]] if scores else [])
+    return Result(values, rows)
 
 
-METRICS: dict[str, Callable[[Subject, Evaluation], None]] = {
-    "accuracy": _accuracy,
-    "completeness": _completeness,
-    "localisation": _localisation,
-    "depth": _depth,
+def _pixel_removal(subject: Subject, method: str) -> Result:
+    """Probability of the true class while up to a quarter of the pixels go, in the order of their importance, over the first images.
+
+    Images of fewer than 23 x 24 pixels have fewer points than 129: one for each pixel removed.
+    """
+    side, world, place = subject.recipe.data.image_size, subject.world, own_place(method, subject.layers)
+    points = min(REMOVAL_POINTS, int(REMOVED_SHARE * side * side) + 1)
+    encode, forward_encoded, *_ = parts(subject.model)
+    count, labels = min(subject.recipe.evaluation.removal_images, subject.loader.samples), subject.predicted.labels
+    orders: tuple[Literal["least", "most"], ...] = ("least", "most")
+    sums = {first: torch.zeros(points, dtype=torch.float64, device=world.device) for first in orders}
+    for images, chosen in subject.select(subject.share(count), subject.loader.batch_size, f"pixel removal, {method}"):
+        targets = labels[chosen].to(world.device)
+        maps = attribution_maps(method, subject.model, images, targets[:, None], [place.name])[place.name]
+        importance = at_input_size(maps, side, side)[:, 0]
+        for first, total in sums.items():
+            curve = removal_curve(forward_encoded, encode(images), importance, targets, fraction=REMOVED_SHARE, points=points, first=first)
+            total += curve.double().sum(0)
+    step = int(REMOVED_SHARE * side * side) // (points - 1)
+    rows: list[Row] = []
+    values = {}
+    for first, total in sums.items():
+        curve = sum_across_ranks(total).cpu() / count
+        values[_name(f"pixel_removal_{first}", method)] = curve.mean().item()
+        rows += [{"method": method, "first": first, "removed": k * step / side**2, "probability": p} for k, p in enumerate(curve.tolist())]
+    return Result(values, rows)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is computed, whether it judges the maps of methods, and the keys of recipe.evaluation that decide its numbers."""
+
+    compute: Callable[[Subject, str], Result]
+    by_method: bool = False
+    settings: tuple[str, ...] = ()
+
+
+METRICS = {
+    "accuracy": Metric(_accuracy),
+    "completeness": Metric(_completeness, settings=("completeness_images",)),
+    "alignment": Metric(_alignment, settings=("alignment_images",)),
+    "localisation": Metric(_localisation, True, ("grid_size", "grids")),
+    "localisation_2x2": Metric(_localisation_2x2, True, ("grids",)),
+    "pixel_removal": Metric(_pixel_removal, True, ("removal_images",)),
+    "depth": Metric(_depth, True, ("grid_size", "grids")),
 }
 
 
-def _score(subject: Subject, result: Evaluation, layers: list[Layer]) -> list[Tensor] | None:
-    """Localisation scores (G * n²,) of every layer over the same grids; None if the images do not fill one grid."""
-    evaluation, world = subject.recipe.evaluation, subject.world
+def _play(subject: Subject, method: str, layers: Sequence[Layer], n: int) -> tuple[list[Tensor], int]:
+    """Localisation scores (G * n²,) of every layer over the same n x n grids, and G; no scores if the images do not fill one grid."""
+    world, predicted = subject.world, subject.predicted
     generator = torch.Generator().manual_seed(subject.recipe.seed)
-    n = evaluation.grid_size
-    chosen = choose_grids(subject.label_logits, subject.labels, subject.predictions, n, evaluation.grids, generator)
-    result.values["interp/grids"] = len(chosen)
+    grids = subject.recipe.evaluation.grids
+    chosen = choose_grids(predicted.label_logits, predicted.labels, predicted.predictions, n, grids, generator)
     mine: list[list[Tensor]] = [[] for _ in layers]
-    for images, samples in _select(subject, chosen[world.rank :: world.size].flatten(), GRIDS_AT_ONCE * n * n, "localisation"):
-        grids = make_grids(images.unflatten(0, (-1, n * n)))
-        targets = subject.labels[samples].view(-1, n * n).to(world.device)
-        maps = layer_contributions(subject.model, grids, targets, [layer.name for layer in layers], sum_channels=True)
+    samples = chosen[world.rank :: world.size].flatten()
+    for images, numbers in subject.select(samples, GRIDS_AT_ONCE * n * n, f"localisation {n}x{n}, {method}"):
+        grid_images = make_grids(images.unflatten(0, (-1, n * n)))
+        targets = predicted.labels[numbers].view(-1, n * n).to(world.device)
+        maps = attribution_maps(method, subject.model, grid_images, targets, [layer.name for layer in layers])
         for scores, layer in zip(mine, layers, strict=True):
             scores.append(localisation_scores(maps[layer.name], n).flatten().cpu())
-    parts = gather_across_ranks([torch.cat(scores) if scores else torch.zeros(0) for scores in mine])
-    if not len(chosen):
-        return None
-    scores = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
-    exact = len(exact_layers(subject.model, layers)) - 1
-    for suffix, layer_scores in (("", scores[-1]), ("_junction", scores[exact])):
-        stats = summary(layer_scores)
-        result.values |= {f"interp/localisation{suffix}": stats["mean"], f"interp/localisation{suffix}_median": stats["median"]}
-    return scores
+    pooled = subject.pool(mine)
+    return (pooled if len(chosen) else []), len(chosen)
 
 
-def _select(subject: Subject, samples: Tensor, size: int, what: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images in [0, 1] on the device, their numbers) of ``samples`` in that order, ``size`` at a time."""
-    with subject.loader.select(samples.numpy()) as batches:
-        images = (image for batch in batches for image in batch.images)
-        for begin in _progress(range(0, len(samples), size), math.ceil(len(samples) / size), what, subject.world):
-            numbers = samples[begin : begin + size]
-            yield unit_range(torch.stack([next(images) for _ in numbers]), subject.world.device), numbers
+def _score_rows(method: str, layers: Sequence[Layer], scores: Sequence[Tensor], grids: int) -> list[Row]:
+    """One row per layer; none without scores."""
+    return [
+        {"method": method, "layer": _title(layer), "distance": layer.distance, "grids": grids, **summary(pooled)}
+        for layer, pooled in zip(layers, scores, strict=bool(scores))
+    ]
 
 
-def _example(subject: Subject) -> Tensor:
-    size = subject.recipe.data.image_size
-    return torch.zeros(1, 3, size, size, device=subject.world.device)
+def _named(base: str, method: str, scores: Sequence[Tensor]) -> dict[str, float]:
+    """Metric values of scores [at the input], or [at the junction, at the input]; none without scores."""
+    values = {}
+    for suffix, pooled in zip(("", "_junction"), reversed(scores), strict=False):
+        for stat, value in summary(pooled).items():
+            values[_name(base + suffix, method) + ("" if stat == "mean" else f"_{stat}")] = value
+    return values
 
 
-def _progress(iterable, total: int, what: str, world: World):
-    return tqdm(iterable, total=total, desc=what, leave=False, disable=not world.is_main)
+def _name(base: str, method: str) -> str:
+    return f"interp/{base}" if method == OWN else f"interp/{method}/{base}"
+
+
+def _title(layer: Layer) -> str:
+    return layer.name or "input"

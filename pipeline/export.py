@@ -4,6 +4,7 @@ Holds model.safetensors (fp32 weights), config.json (architecture and its argume
 needs neither DeepSpeed nor a checkpoint.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -45,6 +46,18 @@ def find_export(folder: Path) -> Path:
         if (candidate / "config.json").is_file():
             return candidate
     raise UserError(f"{folder}: holds no export (config.json); `coda export RUN` makes one of a run with a checkpoint")
+
+
+def class_names(folder: Path) -> list[str]:
+    """Names of the classes of the exported model, in the order of its logits.
+
+    Raises:
+        UserError: the export is damaged.
+    """
+    try:
+        return list(json.loads((folder / "config.json").read_text())["label_names"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"export {folder}: config.json names no classes; `coda export RUN` writes it anew") from error
 
 
 def load_export(folder: Path) -> nn.Module:

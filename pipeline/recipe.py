@@ -19,7 +19,9 @@ from pipeline.errors import UserError
 
 STORED = "recipe.yaml"  # name of the resolved recipe in a run folder and in an export
 
-Metric = Literal["accuracy", "completeness", "localisation", "depth"]  # depth includes localisation
+Metric = Literal["accuracy", "completeness", "alignment", "localisation", "localisation_2x2", "pixel_removal", "depth"]
+_PostHoc = Literal["gradient", "input_x_gradient", "integrated_gradients", "guided_backprop", "deep_lift", "occlusion_5", "occlusion_9"]
+Method = Literal["contributions", _PostHoc, "gradcam"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class TrainingRecipe:
     warmup_epochs: float = 0.0
     clip_grad_norm: float = 0.0  # 0: no clipping
     loss: Literal["bce", "cross_entropy"] = "bce"
+    weight_penalty: float = 0.0  # lambda of the official regulariser, mean |W| of the CoDA part's linear map to a class
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, parameters stay fp32
     zero_stage: int = 0
     checkpoint_every_updates: int | None = None  # beside the checkpoint at the end of every epoch
@@ -74,11 +77,14 @@ class EvaluationRecipe:
 
     every_epochs: int = 1
     metrics: tuple[Metric, ...] = ("accuracy",)  # while training
-    final_metrics: tuple[Metric, ...] = ("accuracy", "completeness", "depth")
+    final_metrics: tuple[Metric, ...] = ("accuracy", "completeness", "alignment", "depth")  # depth includes localisation
+    methods: tuple[Method, ...] = ("contributions",)  # whose maps the final localisation, pixel removal and depth judge
     batch_size: int = 128
     grid_size: int = 3  # n of the n x n grid pointing game
     grids: int = 100  # grids of the localisation metrics
     completeness_images: int = 128  # images of the completeness metric
+    alignment_images: int = 128  # images of the alignment metric
+    removal_images: int = 1024  # images of the pixel removal metric
 
 
 @dataclass(frozen=True)
@@ -254,6 +260,7 @@ def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
 
 def _check(recipe: Recipe, where: str) -> None:
     training, data, evaluation = recipe.training, recipe.data, recipe.evaluation
+    every_save = training.checkpoint_every_updates
     rules = [
         ("name", recipe.name, bool(recipe.name) and Path(recipe.name).name == recipe.name, "a single folder name"),
         ("seed", recipe.seed, 0 <= recipe.seed < 2**32, "between 0 and 2^32 - 1"),
@@ -265,6 +272,7 @@ def _check(recipe: Recipe, where: str) -> None:
         ("training.micro_batch_size", training.micro_batch_size, (training.micro_batch_size or 1) > 0, "at least 1"),
         ("training.learning_rate", training.learning_rate, 0 < training.learning_rate < float("inf"), "positive and finite"),
         ("training.weight_decay", training.weight_decay, training.weight_decay >= 0, "0 or more"),
+        ("training.weight_penalty", training.weight_penalty, 0 <= training.weight_penalty < float("inf"), "0 (off) or more"),
         ("training.momentum", training.momentum, 0 <= training.momentum < 1, "in [0, 1)"),
         ("training.warmup_epochs", training.warmup_epochs, 0 <= training.warmup_epochs <= training.epochs, "between 0 and epochs"),
         ("training.clip_grad_norm", training.clip_grad_norm, training.clip_grad_norm >= 0, "0 (off) or more"),
@@ -274,17 +282,10 @@ def _check(recipe: Recipe, where: str) -> None:
             training.zero_stage in (0, 1, 2),
             "0, 1 or 2 (stage 3 shards the parameters themselves, which models of this size do not need)",
         ),
-        (
-            "training.checkpoint_every_updates",
-            training.checkpoint_every_updates,
-            (training.checkpoint_every_updates or 1) > 0,
-            "at least 1",
-        ),
-        ("evaluation.every_epochs", evaluation.every_epochs, evaluation.every_epochs > 0, "at least 1"),
-        ("evaluation.batch_size", evaluation.batch_size, evaluation.batch_size > 0, "at least 1"),
+        ("training.checkpoint_every_updates", every_save, every_save is None or every_save > 0, "at least 1"),
+        *((f"evaluation.{key}", value, value > 0, "at least 1") for key, value in vars(evaluation).items() if type(value) is int),
         ("evaluation.grid_size", evaluation.grid_size, evaluation.grid_size > 1, "at least 2"),
-        ("evaluation.grids", evaluation.grids, evaluation.grids > 0, "at least 1"),
-        ("evaluation.completeness_images", evaluation.completeness_images, evaluation.completeness_images > 0, "at least 1"),
+        ("evaluation.methods", evaluation.methods, bool(evaluation.methods), "one method or more"),
         ("tracking.log_every_updates", recipe.tracking.log_every_updates, recipe.tracking.log_every_updates > 0, "at least 1"),
     ]
     for key, value, valid, remedy in rules:

@@ -18,7 +18,7 @@ MAY_IMPORT = {  # room -> what it may import of the pipeline
     "recipe": {"errors"},
     "distributed": {"errors"},
     "models": {"models"},
-    "interpret": {"interpret", "errors", "distributed", "files"},
+    "interpret": {"interpret", "models", "errors", "distributed", "files"},
     "data": {"data", "errors", "recipe", "distributed", "files"},
     "tracking": {"tracking", "errors", "recipe", "distributed", "files"},
 }

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from typing import get_args
 
 import pytest
 import torch
@@ -12,10 +13,14 @@ from torch import nn
 from pipeline.data.load import eval_loader, unit_range
 from pipeline.distributed import World, process_group
 from pipeline.evaluate import METRICS, evaluate
+from pipeline.interpret.methods import METHODS
+from pipeline.recipe import Method, Metric
+from pipeline.tracking import METRICS as TRACKED
 from pipeline.training.model import build_model
 
 EVERYTHING = tuple(METRICS)
 CHANGES = dict(evaluation__grid_size=2, evaluation__grids=5, evaluation__batch_size=50, evaluation__completeness_images=21)
+CHANGES |= dict(evaluation__removal_images=7, evaluation__alignment_images=20)
 
 
 class Oracle(nn.Module):
@@ -67,27 +72,81 @@ def test_evaluation_leaves_the_model_in_the_mode_it_found(prepared):
         assert all(module.training == training for module in model.modules())
 
 
-def _member(rank, size, port, folder, changes, results):
+def _member(rank, size, port, folder, each, results):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    recipe = small_recipe(folder, **changes)
     with process_group(timeout_seconds=120) as world:
-        result = evaluate(untrained(recipe), recipe, eval_loader(recipe, world, 50), world, EVERYTHING)
-        results.put((rank, result.values, [(p.layer, p.distance, p.localisation) for p in result.curve]))
+        for changes in each:
+            recipe = small_recipe(folder, **changes)
+            result = evaluate(untrained(recipe), recipe, eval_loader(recipe, world, 50), world, EVERYTHING)
+            results.put((changes["model__name"], result.values, result.tables))
 
 
-@pytest.mark.parametrize("model", ["coda_s", "resnet20"])
-def test_any_number_of_processes_gives_the_same_result(prepared, model):
-    args = {"rank": 2, "temperature": 1.0, "logit_bias": 1.0} if model == "coda_s" else {}
-    changes = dict(CHANGES, model__name=model, model__args=args)
-    recipe = small_recipe(prepared, **changes)
-    alone = evaluate(untrained(recipe), recipe, eval_loader(recipe, World(), 50), World(), EVERYTHING)
-    assert alone.values["val/top1"] < 1 and set(alone.values) >= {"val/top1", "interp/completeness_error", "interp/grids"}
+def test_any_number_of_processes_gives_the_same_result(prepared):
+    models = {"coda_s": {"rank": 2, "temperature": 1.0, "logit_bias": 1.0}, "resnet20": {}}
+    each = [dict(CHANGES, model__name=name, model__args=args) for name, args in models.items()]
+    alone = {}
+    for changes in each:
+        recipe = small_recipe(prepared, **changes)
+        result = evaluate(untrained(recipe), recipe, eval_loader(recipe, World(), 50), World(), EVERYTHING)
+        alone[changes["model__name"]] = result
+        assert result.values["val/top1"] < 1 and set(result.values) >= {"interp/completeness_error", "interp/grids"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     results = mp.get_context("spawn").SimpleQueue()
-    mp.start_processes(_member, args=(3, port, prepared, changes, results), nprocs=3, start_method="spawn")
-    for _, values, curve in (results.get() for _ in range(3)):
-        assert values == pytest.approx(alone.values, rel=1e-4, abs=1e-6)
-        assert [point[0] for point in curve] == [point.layer for point in alone.curve]
-        assert [point[2] for point in curve] == pytest.approx([point.localisation for point in alone.curve], rel=1e-3)
+    mp.start_processes(_member, args=(3, port, prepared, each, results), nprocs=3, start_method="spawn")
+    for name, values, tables in (results.get() for _ in range(6)):
+        assert values == pytest.approx(alone[name].values, rel=1e-4, abs=1e-6)
+        assert set(tables) == set(alone[name].tables)
+        for metric, rows in tables.items():
+            for row, expected in zip(rows, alone[name].tables[metric], strict=True):
+                assert row == {key: pytest.approx(v, rel=1e-3, abs=1e-6) if isinstance(v, float) else v for key, v in expected.items()}
+
+
+def test_names_of_recipe_and_tracking_are_those_of_the_tables(prepared):
+    assert set(get_args(Metric)) == set(METRICS) and set(get_args(Method)) == set(METHODS)
+    recipe = small_recipe(prepared, **CHANGES, model__args={"rank": 2, "temperature": 1.0, "logit_bias": 1.0})
+    loader = eval_loader(recipe, World(), 50)
+    result = evaluate(untrained(recipe), recipe, loader, World(), EVERYTHING, ("contributions", "gradcam", "input_x_gradient"))
+    assert set(result.values) <= set(TRACKED)
+    of_gradcam = {name for name in result.values if name.startswith("interp/gradcam/")}
+    assert {"interp/gradcam/localisation_median", "interp/gradcam/pixel_removal_least", "interp/gradcam/area"} <= of_gradcam
+    by_method = {row["method"]: row["layer"] for row in result.tables["localisation_2x2"]}
+    assert by_method == {"contributions": "input", "gradcam": "head.classifier", "input_x_gradient": "input"}
+    depths = {m: [r["layer"] for r in result.tables["depth"] if r["method"] == m] for m in by_method}
+    assert depths["contributions"] == depths["input_x_gradient"] == [*depths["gradcam"], "input"]
+
+
+class Corner(Oracle):
+    """Logit of the image's own label: +4 while its first pixel is there, -4 once it is removed; the others are -9."""
+
+    def forward(self, images):
+        own = torch.where(images[:, :, 0, 0].amax(1) >= 0, 4.0, -4.0) + 0 * images.sum((1, 2, 3))
+        return nn.functional.one_hot(torch.zeros(len(images), dtype=torch.int64), 10) * (own[:, None] + 9) - 9.0
+
+    def encode(self, images):
+        return 1 + images  # no pixel of any image is 0, which only removal makes it
+
+    def forward_encoded(self, encoded):
+        return self.forward(encoded - 1)
+
+
+def test_pixel_removal_of_a_model_that_looks_at_one_pixel(prepared):
+    """Its maps are zero, so that pixels go in row-major order in either direction: the one that counts goes first."""
+    recipe = small_recipe(prepared, **CHANGES)
+    loader = eval_loader(recipe, World(), 50)
+    rows = evaluate(Corner(loader), recipe, loader, World(), ("pixel_removal",)).tables["pixel_removal"]
+    zeros = [label for label in (loader_labels(loader)[:7]) if label == 0]
+    for first in ("least", "most"):
+        curve = [row["probability"] for row in rows if row["first"] == first]
+        assert [row["removed"] for row in rows if row["first"] == first] == [k / 64 for k in range(17)]
+        rest = torch.tensor(-9.0).sigmoid().item()
+        before, after = (torch.tensor(logit).sigmoid().item() for logit in (4.0, -4.0))
+        share = len(zeros) / 7
+        assert curve[0] == pytest.approx(share * before + (1 - share) * rest, rel=1e-5)
+        assert curve[1:] == pytest.approx([share * after + (1 - share) * rest] * 16, rel=1e-4)
+
+
+def loader_labels(loader):
+    with loader.epoch(0) as batches:
+        return torch.cat([batch.labels for batch in batches]).tolist()

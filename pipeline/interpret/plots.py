@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import CenteredNorm
@@ -34,7 +35,8 @@ def contribution_sheet(
         images: (R, 3, H, W), RGB in [0, 1].
         maps: of each column either (R, h, w), signed contributions, drawn from blue (against) over white to red (for)
             with each map scaled to its own strongest contributions; or (R, 6, H, W), contributions at the input encoding,
-            drawn in colour by ``colour_rendering``. Resolutions may differ between columns.
+            drawn in colour by ``colour_rendering``; or (R, 3, H, W), pictures such as ``overlay`` makes. Resolutions may differ
+            between columns.
         titles: of the columns of maps.
         path: PNG file, replaced at once when it is complete.
         row_titles: one per image, for instance the class explained.
@@ -52,7 +54,8 @@ def contribution_sheet(
         axes[row, 0].imshow(_channels_last(images[row]), interpolation="nearest")
         for column, stack in enumerate(maps, start=1):
             if stack.ndim == 4:
-                axes[row, column].imshow(_channels_last(colour_rendering(stack[row])), interpolation="nearest")
+                picture = stack[row] if stack.shape[1] == 3 else colour_rendering(stack[row])
+                axes[row, column].imshow(_channels_last(picture), interpolation="nearest")
             else:
                 signed = _show_signed(axes[row, column], stack[row])
         if row_titles:
@@ -82,8 +85,21 @@ def colour_rendering(contributions: Tensor) -> Tensor:
     return alpha * colour + (1 - alpha) * BACKGROUND
 
 
+def overlay(image: Tensor, contributions: Tensor) -> Tensor:
+    """An image (3, H, W) faded to grey under its signed map (h, w), red for and blue against the class, as RGB (3, H, W) in [0, 1].
+
+    A position is the more opaque the stronger its contribution; a smaller map is up-sampled by nearest.
+    """
+    scaled = (contributions / _scale(contributions)).clamp(-1, 1)[None, None].to(image)
+    scaled = torch.nn.functional.interpolate(scaled, size=image.shape[1:], mode="nearest")[0]
+    strong = {sign: torch.tensor(colormaps[SIGNED_COLOURS](shade)[:3]).to(image)[:, None, None] for sign, shade in ((1, 0.95), (-1, 0.05))}
+    colour = torch.where(scaled > 0, strong[1], strong[-1])
+    faded = 0.5 + 0.5 * image.mean(0, keepdim=True)
+    return scaled.abs() * colour + (1 - scaled.abs()) * faded
+
+
 def depth_curves(curves: Mapping[str, Iterable[tuple[float, float]]], chance: float, path: str | Path, *, threshold: float = 0.5) -> None:
-    """Write the mean localisation of each layer's contributions against the layer's distance from the output.
+    """Write the mean localisation of each layer's contributions against the layer's distance from the output; PNG and PDF.
 
     Args:
         curves: by name, (distance, score) points in any order.
@@ -106,7 +122,7 @@ def depth_curves(curves: Mapping[str, Iterable[tuple[float, float]]], chance: fl
     axis.set_xlabel("distance from the output (share of parametric layers; 1 is the input)")
     axis.grid(color="0.9")
     axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def _show_signed(axis: Axes, contributions: Tensor) -> ScalarMappable:
@@ -129,9 +145,16 @@ def _array(values: Tensor) -> np.ndarray:
     return values.detach().float().cpu().numpy()
 
 
+def write_figure(figure: Figure, path: str | Path) -> None:
+    """Write ``figure`` to the PNG file ``path`` and, for print, beside it as PDF."""
+    _write(figure, path)
+    _write(figure, Path(path).with_suffix(".pdf"))
+
+
 def _write(figure: Figure, path: str | Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
+    picture, form = io.BytesIO(), "pdf" if Path(path).suffix == ".pdf" else "png"
+    stamps = {"pdf": {"CreationDate": None}, "png": {"Software": None}}  # left out: the same numbers give the same file
+    figure.savefig(picture, format=form, dpi=150, metadata=stamps[form])
     try:
         write_atomically(Path(path), picture.getvalue())
     except OSError as error:

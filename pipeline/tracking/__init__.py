@@ -18,12 +18,13 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 from tqdm import tqdm
 
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.recipe import STORED, Recipe, flatten, load_stored
+from pipeline.recipe import STORED, Method, Recipe, flatten, load_stored
 from pipeline.tracking.journal import JOURNAL, RUN_KEY, URI, Journal, Sender
 
 log = logging.getLogger(__name__)
@@ -37,15 +38,27 @@ METRICS = {  # name -> (meaning, what its steps count)
     "val/top1": ("share of validation images whose largest logit is the label's", _EPOCH),
     "val/top5": ("share of validation images whose label has one of the five largest logits", _EPOCH),
     "interp/completeness_error": ("|sum of contributions - T (logit - b0)| / sum of |contributions|", _EPOCH),
-    "interp/localisation": ("grid pointing game at the input, mean", _EPOCH),
-    "interp/localisation_median": ("grid pointing game at the input, median", _EPOCH),
-    "interp/localisation_junction": ("grid pointing game where the CoDA part begins, mean", _EPOCH),
-    "interp/localisation_junction_median": ("grid pointing game where the CoDA part begins, median", _EPOCH),
-    "interp/depth": ("interpretable depth: the largest distance from the output that still localises", _EPOCH),
-    "interp/area": ("area under the curve of localisation against distance from the output", _EPOCH),
+    "interp/alignment": ("cos(w, x) of the DAU layers: mean of their medians", _EPOCH),
     "interp/grids": ("number of grids behind the localisation", _EPOCH),
     "interp/localisation_by_layer": ("mean localisation of each layer, at the end of the run", _LAYER),
+    "interp/alignment_by_layer": ("median of cos(w, x) of each DAU layer, at the end of the run", _LAYER),
 }
+_OF_MAPS = {  # judged of every method's maps
+    "localisation": "mean of the grid pointing game where the method makes its map",
+    "localisation_2x2": "mean of the game with grids of 2x2",
+    "pixel_removal_least": "probability of the true class while the least important quarter of the pixels goes",
+    "pixel_removal_most": "probability of the true class while the most important quarter of the pixels goes",
+    "depth": "interpretable depth: the largest distance from the output that still localises",
+    "area": "area under the curve of localisation against distance from the output",
+}
+for _method in get_args(Method):  # the network's own contributions have short names
+    _of = "interp" if _method == "contributions" else f"interp/{_method}"
+    METRICS |= {f"{_of}/{name}": (f"{_method}: {meaning}", _EPOCH) for name, meaning in _OF_MAPS.items()}
+    for _base in ("localisation", "localisation_2x2"):
+        METRICS |= {f"{_of}/{_base}_{q}": (f"{_method}: {_base}, {q}", _EPOCH) for q in ("q25", "median", "q75")}
+for _stat in ("", "_q25", "_median", "_q75"):
+    _meaning = f"grid pointing game where the CoDA part begins, {_stat[1:] or 'mean'}"
+    METRICS[f"interp/localisation_junction{_stat}"] = (_meaning, _EPOCH)
 _VALUE_LENGTH = 6000  # characters of a parameter
 _SEND_SECONDS, _BACK_OFF_SECONDS = 2.0, 60.0  # between two looks at the journal: normally, and at most after failures
 _CLOSE_SECONDS = 60.0
@@ -114,6 +127,14 @@ def open_tracker(recipe: Recipe, folder: Path, world: World, *, tags: Mapping[st
     tracker = _JournalTracker(recipe, folder)
     tracker.tags({**_origin(), "world_size": str(world.size), **(tags or {})})
     return tracker
+
+
+def tracker_of(recipe: Recipe, folder: Path, world: World) -> Tracker:
+    """The tracker of the finished run in ``folder``, wherever it was moved to; one that forgets for an export, which has none."""
+    folder = Path(folder).resolve()
+    if not (folder / JOURNAL).is_file():
+        return Tracker()
+    return open_tracker(replace(recipe, runs=str(folder.parent)), folder, world)
 
 
 def sync(folder: Path) -> int:

@@ -8,17 +8,23 @@ from torch import nn
 from pipeline.errors import UserError
 from pipeline.recipe import ModelRecipe
 
+WEIGHT_SOURCES = ("pretrained", "pretrained_backbone")  # arguments that only decide the weights a model starts with
 
-def build_model(model: ModelRecipe, num_classes: int) -> nn.Module:
+
+def build_model(model: ModelRecipe, num_classes: int, *, fresh: bool = True) -> nn.Module:
     """``timm.create_model(name, num_classes=num_classes, **args)``.
 
+    Args:
+        fresh: False if trained weights will be loaded, so that no pretrained ones need to be there any more.
+
     Raises:
-        UserError: unknown name, or arguments the model does not take.
+        UserError: unknown name, arguments the model does not take, or pretrained weights that do not fit.
     """
     if not timm.is_model(model.name):
         close = difflib.get_close_matches(model.name, timm.list_models(), n=3) or timm.list_models("coda_*")
         raise UserError(f"model.name {model.name!r} is not a timm model; nearest: {', '.join(close)}")
+    args = {key: value for key, value in model.args.items() if fresh or key not in WEIGHT_SOURCES}
     try:
-        return timm.create_model(model.name, num_classes=num_classes, **model.args)
+        return timm.create_model(model.name, num_classes=num_classes, **args)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"model {model.name} cannot be built with model.args {dict(model.args)}: {error}") from error

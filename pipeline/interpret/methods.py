@@ -1,0 +1,188 @@
+"""Attribution methods under one signature: the network's own contributions, and post-hoc methods from captum to compare with.
+
+Conventions of Böhle, Fritz, Schiele, arXiv 2109.13004 and its official code: every method attributes to what the network reads (for
+CoDA networks the six-channel encoding), keeps signs, and is summed over channels to one map; integrated gradients takes 20 steps from
+black; GradCAM has a ReLU and sits at the layer before the pooling; occlusion blanks windows of 5 or 9 pixels, 2 pixels apart, in all
+channels. Post-hoc methods see the network as it is, dynamic weights included, and not in explanation mode.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from captum.attr import (
+    DeepLift,
+    GuidedBackprop,
+    InputXGradient,
+    IntegratedGradients,
+    LayerGradCam,
+    LayerGradientXActivation,
+    Occlusion,
+    Saliency,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.errors import UserError
+from pipeline.interpret.explain import Layer, explanation_mode, layer_contributions, parts
+
+INTEGRATION_STEPS = 20
+OCCLUSION_STRIDE = 2
+IMAGES_AT_ONCE = 64  # of one forward pass where a method varies each image many times
+
+
+class Encoded(nn.Module):
+    """What captum explains: the model from its encoding on, to one logit per class."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, encoded: Tensor) -> Tensor:
+        return parts(self.model).forward_encoded(encoded)
+
+
+# (network, encoded images (B, C, H, W), encoded black (B, C, H, W), targets (B, K)) -> (B, K, C, H, W)
+InputMethod = Callable[[Encoded, Tensor, Tensor, Tensor], Tensor]
+
+
+def _each_class(attribute: Callable[[Tensor], Tensor], targets: Tensor) -> Tensor:
+    return torch.stack([attribute(targets[:, k]).detach() for k in range(targets.shape[1])], dim=1)
+
+
+def _gradient(net: Encoded, encoded: Tensor, black: Tensor, targets: Tensor) -> Tensor:
+    return _each_class(lambda target: Saliency(net).attribute(encoded, target, abs=False), targets)
+
+
+def _input_x_gradient(net: Encoded, encoded: Tensor, black: Tensor, targets: Tensor) -> Tensor:
+    return _each_class(lambda target: InputXGradient(net).attribute(encoded, target), targets)
+
+
+def _integrated_gradients(net: Encoded, encoded: Tensor, black: Tensor, targets: Tensor) -> Tensor:
+    size = max(IMAGES_AT_ONCE, len(encoded))
+    method = IntegratedGradients(net)
+    return _each_class(
+        lambda target: method.attribute(encoded, black, target, n_steps=INTEGRATION_STEPS, internal_batch_size=size), targets
+    )
+
+
+def _guided_backprop(net: Encoded, encoded: Tensor, black: Tensor, targets: Tensor) -> Tensor:
+    return _each_class(lambda target: GuidedBackprop(net).attribute(encoded, target), targets)
+
+
+def _deep_lift(net: Encoded, encoded: Tensor, black: Tensor, targets: Tensor) -> Tensor:
+    return _each_class(lambda target: DeepLift(net).attribute(encoded, black, target), targets)
+
+
+def _occlusion(window: int) -> InputMethod:
+    def attribute(net: Encoded, encoded: Tensor, black: Tensor, targets: Tensor) -> Tensor:
+        """All classes from the same forward passes: captum takes a function with several outputs per image."""
+        channels = encoded.shape[1]
+        terms = Occlusion(lambda images, classes: net(images).gather(1, classes)).attribute(
+            encoded,
+            (channels, window, window),
+            (channels, OCCLUSION_STRIDE, OCCLUSION_STRIDE),
+            baselines=0,
+            additional_forward_args=(targets,),
+            perturbations_per_eval=max(1, IMAGES_AT_ONCE // len(encoded)),
+        )
+        return terms.view(*targets.shape, *encoded.shape[1:])  # (B * K, C, H, W) -> (B, K, C, H, W)
+
+    return attribute
+
+
+INPUT_METHODS: dict[str, InputMethod] = {
+    "gradient": _gradient,
+    "input_x_gradient": _input_x_gradient,
+    "integrated_gradients": _integrated_gradients,
+    "guided_backprop": _guided_backprop,
+    "deep_lift": _deep_lift,
+    "occlusion_5": _occlusion(5),
+    "occlusion_9": _occlusion(9),
+}
+METHODS = ("contributions", *INPUT_METHODS, "gradcam")
+NEED_RELU = ("guided_backprop", "deep_lift")
+BY_LAYER = ("contributions", "input_x_gradient", "gradcam")  # methods that are defined at intermediate layers
+
+
+def check_method(model: nn.Module, method: str) -> None:
+    """Raises UserError if ``method`` says nothing about ``model``."""
+    if method in NEED_RELU and not any(isinstance(module, nn.ReLU) for module in model.modules()):
+        twin = "gradient" if method == "guided_backprop" else "input_x_gradient"
+        raise UserError(
+            f"method {method} changes the gradient of nn.ReLU modules and this model has none, so that it would only repeat {twin}; "
+            f"leave it out, or take {twin}"
+        )
+
+
+def own_place(method: str, layers: Sequence[Layer]) -> Layer:
+    """Where among ``explainable_layers`` a method makes its one map: before the pooling for GradCAM, else at the input."""
+    return layers[0] if method == "gradcam" else layers[-1]
+
+
+def places(method: str, layers: Sequence[Layer]) -> list[Layer]:
+    """The ones of ``layers`` at which ``method`` is defined: GradCAM pools the gradients of a layer, and the input is none."""
+    if method not in BY_LAYER:
+        return [layer for layer in layers if layer.name is None]
+    return [layer for layer in layers if layer.name is not None or method != "gradcam"]
+
+
+def attribution_maps(
+    method: str, model: nn.Module, images: Tensor, targets: Tensor, layers: Sequence[str | None]
+) -> dict[str | None, Tensor]:
+    """Signed maps of ``method`` for many classes, summed over channels.
+
+    Args:
+        method: one of METHODS.
+        images: (B, 3, H, W), RGB in [0, 1].
+        targets: (B, K) int64, the K classes explained in each image.
+        layers: names of modules, None for the input encoding; see ``places``.
+
+    Returns:
+        By layer: maps (B, K, h, w) at the layer's own resolution.
+
+    Raises:
+        UserError: the method does not apply to this model.
+    """
+    if method == "contributions":
+        return layer_contributions(model, images, targets, layers, sum_channels=True)
+    check_method(model, method)
+    encode, modules = parts(model).encode, dict(model.named_modules())
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        explanation_mode(model, fixed_weights=False),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", module="captum")  # it announces hooks that it removes again
+        net = Encoded(model)
+        encoded, black, targets = encode(images).detach().clone(), encode(torch.zeros_like(images)).detach(), targets.clone()
+        maps: dict[str | None, Tensor] = {}
+        for layer in layers:
+            if layer is None:
+                maps[layer] = _at_input(method, net, encoded, black, targets).sum(2)
+            else:
+                maps[layer] = _at_layer(method, net, modules[layer], encoded, targets).sum(2)
+    return maps
+
+
+def _at_input(method: str, net: Encoded, encoded: Tensor, black: Tensor, targets: Tensor) -> Tensor:
+    try:
+        return INPUT_METHODS[method](net, encoded, black, targets)
+    except (AssertionError, RuntimeError) as error:
+        if method != "deep_lift":
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(f"method deep_lift cannot read this model ({reason}); leave it out") from error
+
+
+def _at_layer(method: str, net: Encoded, module: nn.Module, encoded: Tensor, targets: Tensor) -> Tensor:
+    """(B, K, C, h, w) of a method of BY_LAYER at the output of ``module``; C is 1 for GradCAM."""
+    if method == "gradcam":
+        return _each_class(lambda target: LayerGradCam(net, module).attribute(encoded, target, relu_attributions=True), targets)
+    return _each_class(lambda target: LayerGradientXActivation(net, module).attribute(encoded, target), targets)
+
+
+def at_input_size(maps: Tensor, height: int, width: int) -> Tensor:
+    """Maps (B, K, h, w) brought to the size of the images by nearest up-sampling."""
+    return F.interpolate(maps, size=(height, width), mode="nearest")

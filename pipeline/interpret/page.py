@@ -1,0 +1,61 @@
+"""One HTML page that holds everything it shows: pictures as data URIs, no script, no network, and every text escaped."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from pipeline.files import write_atomically
+
+MIME = {".png": "image/png", ".gif": "image/gif"}
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser enforces what the page promises
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1a1a1a; background: #fff; }
+section { border-top: 1px solid #ccc; margin-top: 2rem; }
+h2 { overflow-wrap: anywhere; }
+img { max-width: 100%; height: auto; }
+figure { margin: 1rem 0; }
+figcaption { color: #555; font-size: 0.9rem; }
+table { border-collapse: collapse; }
+th, td { border-bottom: 1px solid #ddd; padding: 0.2rem 1rem 0.2rem 0; text-align: left; }
+.skipped { color: #8a1c00; }
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One explained image or video."""
+
+    title: str
+    classes: Sequence[tuple[str, float]] = ()  # (name, probability), the most probable first
+    pictures: Sequence[tuple[str, Path]] = ()  # (caption, PNG or GIF file)
+
+
+def write_page(path: Path, title: str, notes: Sequence[str], sections: Sequence[Section], skipped: Sequence[str]) -> None:
+    """Write the page: what it shows, a section for each image, and what could not be read."""
+    left_out = "".join(f"<li>{escape(line)}</li>" for line in skipped)
+    parts = [
+        "<!DOCTYPE html>",
+        f'<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{escape(title)}</h1>",
+        *(f"<p>{escape(note)}</p>" for note in notes),
+        f'<div class="skipped"><p>Left out:</p><ul>{left_out}</ul></div>' if skipped else "",
+        *map(_section, sections),
+        "</body></html>\n",
+    ]
+    write_atomically(path, "\n".join(parts).encode())
+
+
+def _section(section: Section) -> str:
+    rows = "".join(f"<tr><td>{escape(name)}</td><td>{probability:.3f}</td></tr>" for name, probability in section.classes)
+    table = f"<table><tr><th>class</th><th>probability</th></tr>{rows}</table>" if rows else ""
+    return f"<section><h2>{escape(section.title)}</h2>{table}{''.join(map(_figure, section.pictures))}</section>"
+
+
+def _figure(picture: tuple[str, Path]) -> str:
+    caption, path = picture
+    data = base64.b64encode(path.read_bytes()).decode()
+    text = escape(caption)
+    return f'<figure><img alt="{text}" src="data:{MIME[path.suffix]};base64,{data}"><figcaption>{text}</figcaption></figure>'

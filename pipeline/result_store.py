@@ -1,0 +1,83 @@
+"""Results that are computed once: one file for each metric and method, found again by what decides its numbers.
+
+That is the weights and the architecture, the evaluated images, and the settings of the metric. A training epoch is no part of it: two
+runs with the same name, or one run trained on, never share a result.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.manifest import open_manifest
+from pipeline.files import write_atomically
+from pipeline.recipe import DataRecipe
+
+VERSION = 1  # of the metrics' definitions: a change of one makes stored results unfit
+Row = dict[str, str | float | int]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one metric says of one method: values by metric name, and the rows that its table and figure show."""
+
+    values: dict[str, float]
+    rows: list[Row]
+
+
+def identify(export: Path, data: DataRecipe) -> dict[str, str]:
+    """SHA-256 of the exported weights, of the export's description of its model, and of the images evaluated."""
+    validation = open_manifest(data.folder).splits["val"].file
+    return {"weights": _sha256(export / "model.safetensors"), "model": _model(export), "data": _sha256(data.folder / validation)}
+
+
+class ResultStore:
+    """The results in ``folder`` that belong to ``identity``."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, str]):
+        self.folder, self.identity = folder, dict(identity)
+
+    def get(self, metric: str, method: str, settings: Mapping[str, Any]) -> Result | None:
+        """The stored result, None if there is no readable one."""
+        entry = _read(self._path(metric, method, settings))
+        return Result(entry["values"], entry["rows"]) if entry else None
+
+    def put(self, metric: str, method: str, settings: Mapping[str, Any], result: Result) -> None:
+        """Store ``result``; it is there whole or not at all."""
+        about = {"metric": metric, "method": method, "settings": dict(settings), **self.identity, "version": VERSION}
+        content = {**about, "values": result.values, "rows": result.rows}
+        write_atomically(self._path(metric, method, settings), json.dumps(content, indent=1).encode())
+
+    def known(self) -> dict[tuple[str, str], Result]:
+        """By metric and method the result stored last, whatever its settings."""
+        results = {}
+        for path in sorted(self.folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
+            entry = _read(path)
+            if entry and {**self.identity, "version": VERSION}.items() <= entry.items():
+                results[entry["metric"], entry["method"]] = Result(entry["values"], entry["rows"])
+        return results
+
+    def _path(self, metric: str, method: str, settings: Mapping[str, Any]) -> Path:
+        decides = json.dumps([metric, method, dict(settings), self.identity, VERSION], sort_keys=True)
+        return self.folder / f"{metric}-{method}-{hashlib.sha256(decides.encode()).hexdigest()[:16]}.json"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _model(export: Path) -> str:
+    """Of the parts of config.json that say which function the weights are: temperature and classes among them."""
+    config = json.loads((export / "config.json").read_text())
+    decides = {key: config.get(key) for key in ("architecture", "num_classes", "model_args")}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

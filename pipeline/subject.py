@@ -1,0 +1,94 @@
+"""What an evaluation is about: a model and a split, the predictions all metrics share, and images by their numbers.
+
+Every image counts exactly once for any number of processes. Properties that need all processes are computed by all of them
+together, the first time a metric asks.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pipeline.data.load import EpochLoader, unit_range
+from pipeline.distributed import World, gather_across_ranks, sum_across_ranks
+from pipeline.interpret.explain import Layer, explainable_layers
+from pipeline.recipe import Recipe
+
+
+class Predictions(NamedTuple):
+    """Of the whole split, in the order of its samples."""
+
+    labels: Tensor  # (N,) int64
+    predictions: Tensor  # (N,) int64
+    label_logits: Tensor  # (N,) logit of each sample's own label
+    sums: Tensor  # (3,): loss, top-1 hits, top-5 hits, over all images of all processes
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model, in evaluation mode, and the split it is evaluated on."""
+
+    model: nn.Module
+    recipe: Recipe
+    loader: EpochLoader
+    world: World
+
+    @cached_property
+    def predicted(self) -> Predictions:
+        """What the model says of every image. Every process must ask."""
+        return _predict(self)
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """The layers that can be explained, from the output back to the input."""
+        size = self.recipe.data.image_size
+        return explainable_layers(self.model, torch.zeros(1, 3, size, size, device=self.world.device))
+
+    def share(self, count: int) -> Tensor:
+        """This process's share of the first ``count`` samples (of all, where there are fewer)."""
+        return torch.arange(self.world.rank, min(count, self.loader.samples), self.world.size)
+
+    def select(self, samples: Tensor, size: int, what: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images in [0, 1] on the device, their numbers) of ``samples`` in that order, ``size`` at a time."""
+        with self.loader.select(samples.numpy()) as batches:
+            images = (image for batch in batches for image in batch.images)
+            for begin in self.progress(range(0, len(samples), size), math.ceil(len(samples) / size), what):
+                numbers = samples[begin : begin + size]
+                yield unit_range(torch.stack([next(images) for _ in numbers]), self.world.device), numbers
+
+    def progress(self, iterable, total: int, what: str):
+        """``iterable`` with a bar on the main process's stderr."""
+        return tqdm(iterable, total=total, desc=what, leave=False, disable=not self.world.is_main)
+
+    def pool(self, mine: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Of each entry of ``mine``, a list of pieces (n,), the pieces of all processes as one tensor."""
+        parts = gather_across_ranks([torch.cat(list(pieces)) if pieces else torch.zeros(0) for pieces in mine])
+        return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+
+
+@torch.no_grad()
+def _predict(subject: Subject) -> Predictions:
+    world, loader = subject.world, subject.loader
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+    rows: list[Tensor] = []
+    with loader.epoch(0) as batches:
+        for batch in subject.progress(batches, loader.batches_per_epoch, "evaluate"):
+            labels = batch.labels.to(world.device)
+            logits = subject.model(unit_range(batch.images, world.device)).float()
+            ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            loss = F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, logits.shape[1]).float(), reduction="sum")
+            sums += torch.stack([loss.double(), ranked[:, 0].sum(), ranked.any(1).sum()])
+            own = logits.gather(1, labels[:, None])[:, 0]
+            rows.append(torch.stack([batch.indices.double(), batch.labels.double(), logits.argmax(1).double().cpu(), own.double().cpu()]))
+    mine = torch.cat(rows, dim=1) if rows else torch.zeros(4, 0, dtype=torch.float64)
+    table = torch.cat(gather_across_ranks(mine), dim=1)  # (4, N)
+    table = table[:, table[0].argsort()]
+    if table.shape[1] != loader.samples:
+        raise RuntimeError(f"{table.shape[1]} of {loader.samples} images were evaluated")
+    return Predictions(table[1].long(), table[2].long(), table[3].float(), sum_across_ranks(sums).cpu())

@@ -1,0 +1,39 @@
+"""The page shows what it was given, whatever characters that holds, and needs nothing but itself."""
+
+import base64
+from html.parser import HTMLParser
+
+from PIL import Image
+
+from pipeline.interpret.page import Section, write_page
+
+NASTY = "<script>alert('x')</script>&\"é.png"
+
+
+class Reader(HTMLParser):
+    """Tags with their attributes, and all text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_a_page_of_nasty_names(tmp_path):
+    Image.new("RGB", (3, 3), (250, 0, 0)).save(tmp_path / "a.png")
+    section = Section(NASTY, [(NASTY, 0.25)], [(NASTY, tmp_path / "a.png")])
+    write_page(tmp_path / "page.html", NASTY, [NASTY], [section], [NASTY])
+    text = (tmp_path / "page.html").read_text()
+    page = Reader(text)
+    assert text.count("<script") == 0 and "http://" not in text and "https://" not in text
+    assert page.text.count(NASTY) == 7  # title, heading, note, left out, section, class, caption
+    (image,) = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert image["alt"] == NASTY
+    assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) == (tmp_path / "a.png").read_bytes()
+    assert "default-src 'none'" in dict(page.tags)["meta"].get("content", "") and "0.250" in page.text

@@ -1,0 +1,131 @@
+"""A second evaluation computes nothing, an interrupted one goes on, and what decides a result decides whether it is used."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from recipes_for_tests import small_recipe
+
+from pipeline.cli import main
+from pipeline.distributed import World
+from pipeline.errors import UserError
+from pipeline.evaluate import METRICS, Metric
+from pipeline.export import FOLDER, export
+from pipeline.recipe import load_stored
+from pipeline.results import EVALUATION, applicable_methods, conclude
+from pipeline.training.model import build_model
+
+SMALL = {"grid_size": 2, "grids": 3, "removal_images": 4, "alignment_images": 5, "completeness_images": 5, "batch_size": 100}
+ARGS = {"rank": 2, "temperature": 1.0, "logit_bias": 1.0}  # so that an untrained network is confident now and then
+
+
+def changed(recipe_folder, metrics, **evaluation):
+    asked = {**SMALL, "final_metrics": list(metrics), **evaluation}
+    return load_stored(recipe_folder, [f"evaluation.{key}={json.dumps(value)}" for key, value in asked.items()])
+
+
+@pytest.fixture
+def exported(prepared, tmp_path):
+    """An export of an untrained network."""
+    recipe = small_recipe(prepared, model__args=ARGS)
+    torch.manual_seed(1)
+    export(build_model(recipe.model, 10), recipe, [str(c) for c in range(10)], tmp_path / FOLDER)
+    return tmp_path / FOLDER
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Names of the metrics that are really computed, in order, with their methods."""
+    names = []
+    for name, metric in METRICS.items():
+
+        def compute(subject, method, name=name, metric=metric):
+            names.append((name, method))
+            return metric.compute(subject, method)
+
+        monkeypatch.setitem(METRICS, name, Metric(compute, metric.by_method, metric.settings))
+    return names
+
+
+def test_nothing_is_computed_twice_and_everything_stays_known(exported, computed):
+    wanted = ["accuracy", "alignment", "localisation", "pixel_removal"]
+    recipe = changed(exported, wanted, methods=["contributions", "gradcam"])
+    first = conclude(exported, recipe, World())
+    assert len(computed) == 6
+    files = {path: path.stat().st_mtime_ns for path in exported.rglob("*") if path.is_file()}
+    assert {"evaluation.json", "pixel_removal.csv", "alignment.pdf", "localisation.png", "methods.png"} <= {path.name for path in files}
+    again = conclude(exported, recipe, World())
+    assert len(computed) == 6 and again == first
+    assert {path: path.stat().st_mtime_ns for path in exported.rglob("*") if path.is_file()} == files
+    less = conclude(exported, changed(exported, ["completeness"]), World())
+    assert computed[6:] == [("completeness", "contributions")]
+    assert set(less.values) == set(first.values) | {"interp/completeness_error"}  # evaluation.json keeps what is known
+    rows = list(csv.DictReader((exported / "tables" / "pixel_removal.csv").open()))
+    assert len(rows) == 2 * 2 * 17 and {row["method"] for row in rows} == {"contributions", "gradcam"}
+
+
+def test_an_interrupted_evaluation_continues(exported, computed, monkeypatch):
+    recipe = changed(exported, ["accuracy", "alignment", "completeness"])
+    going, alignment = dict(METRICS), METRICS["alignment"]
+
+    def interrupted(subject, method):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(METRICS, "alignment", Metric(interrupted, False, alignment.settings))
+    with pytest.raises(KeyboardInterrupt):
+        conclude(exported, recipe, World())
+    assert not (exported / EVALUATION).exists()
+    monkeypatch.setitem(METRICS, "alignment", going["alignment"])
+    conclude(exported, recipe, World())
+    assert [name for name, _ in computed] == ["accuracy", "alignment", "completeness"]
+
+
+def test_settings_weights_and_images_decide(exported, computed, prepared, tmp_path):
+    conclude(exported, changed(exported, ["completeness"]), World())
+    conclude(exported, changed(exported, ["completeness"], completeness_images=6, grids=1, every_epochs=3), World())
+    assert len(computed) == 2  # its own setting counts, those of others do not
+    other = small_recipe(prepared, model__args={**ARGS, "temperature": 2.0})
+    torch.manual_seed(1)
+    export(build_model(other.model, 10), other, [str(c) for c in range(10)], tmp_path / "other")  # the same weights at another T
+    shutil.copytree(exported / "results", tmp_path / "other" / "results")
+    conclude(tmp_path / "other", changed(tmp_path / "other", ["completeness"]), World())
+    assert len(computed) == 3
+    data = tmp_path / "data"
+    shutil.copytree(prepared / "data", data)
+    beton = next(data.rglob("val.beton"))
+    pixels = bytearray(beton.read_bytes())
+    pixels[len(pixels) // 2] ^= 255  # among the images, which no table covers
+    beton.write_bytes(pixels)
+    moved = load_stored(exported, [f"data.prepared={data}", "evaluation.final_metrics=[completeness]", "evaluation.completeness_images=5"])
+    conclude(exported, moved, World())
+    assert len(computed) == 4
+
+
+def test_methods_that_do_not_apply(exported):
+    assert set(applicable_methods(exported)) >= {"contributions", "gradcam", "occlusion_9"}
+    assert not {"guided_backprop", "deep_lift"} & set(applicable_methods(exported))
+    with pytest.raises(UserError, match="deep_lift"):
+        conclude(exported, changed(exported, ["localisation"], methods=["deep_lift"]), World())
+    assert not (exported / "results").exists()
+
+
+def test_the_command_line_evaluates_into_the_same_run(prepared, tmp_path, capsys):
+    from pipeline.tracking.journal import mlflow_client
+
+    recipe = small_recipe(tmp_path, data__prepared=str(prepared / "data"), training__epochs=1, model__args=ARGS)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe.to_dict()))
+    assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
+    run, settings = str(recipe.folder), [f"evaluation.{key}={value}" for key, value in SMALL.items()]
+    before = (recipe.folder / "run_id").read_text()
+    assert main(["evaluate", run, "--metrics", "all", "--methods", "contributions,gradient", *settings]) == 0
+    client = mlflow_client(recipe.tracking_uri)
+    mlflow_run = client.get_run(before)
+    values = json.loads((recipe.folder / EVALUATION).read_text())["values"]
+    assert mlflow_run.info.status == "FINISHED" and "interp/gradient/pixel_removal_most" in values
+    assert {name: mlflow_run.data.metrics[name] for name in values} == pytest.approx(values)
+    assert [run.info.run_id for run in client.search_runs([mlflow_run.info.experiment_id])] == [before]
+    assert "tables/pixel_removal.csv" in [item.path for item in client.list_artifacts(before, "tables")]
+    assert main(["evaluate", run, "--methods", "gradients"]) == 2
+    assert "evaluation.methods is 'gradients'; valid: contributions" in capsys.readouterr().err
