@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 PACKAGES := build-essential pkg-config libopencv-dev libturbojpeg0-dev libaio-dev libgl1 libglib2.0-0
 READY := $(VENV)/ready
 
-.PHONY: help demo test setup clean
+.PHONY: help demo test faults setup clean
 
 help:
 	@echo "make demo   train a hybrid CoDA ResNet and the plain ResNet it came from, and compare them"
 	@echo "make test   lint, type-check and run the test-suite"
+	@echo "make faults strike a training under a local Slurm 60 times: root, slurm-wlm and munge, over an hour"
 	@echo "make setup  system packages, virtual environment and dependencies (both commands do this by themselves)"
 
 demo: setup
@@ -24,6 +25,9 @@ test: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+faults: setup
+	@OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python tests/slurm/faults.py
 
 setup: $(READY)
 

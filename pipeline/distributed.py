@@ -1,11 +1,13 @@
 """Processes and ranks: the only reader of RANK and SLURM_* variables, and the few collectives the pipeline needs."""
 
 import os
+import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,8 @@ class World:
     local_rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    incarnation: str = "alone"  # same on all processes; another one whenever the training is started again
+    timeout_seconds: float = 1800  # for which a process waits for the others before it gives up
 
     @property
     def is_main(self) -> bool:
@@ -50,39 +54,106 @@ def ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
     return values[0], values[1], values[2]
 
 
+def rendezvous(environment: Mapping[str, str]) -> tuple[str, int]:
+    """(address, port) at which the processes meet: MASTER_ADDR and MASTER_PORT, else from Slurm's variables.
+
+    The address is the first node's name. The port lies below the kernel's ephemeral ones, and is another one for every job,
+    array task and restart, so that neither a neighbour nor this job's own past holds it.
+
+    Raises:
+        UserError: neither is there.
+    """
+    address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    if not address and nodes:
+        address = first_node(nodes)
+    if not port and (job := environment.get("SLURM_JOB_ID")):
+        restart = int(environment.get("SLURM_RESTART_COUNT") or 0)
+        port = str(10000 + (int(job) * 31 + restart) % 20000)
+    if not address or not port:
+        name = "MASTER_PORT" if address else "MASTER_ADDR"
+        raise UserError(f"environment variable {name} is not set; torchrun sets it, and under srun it follows from Slurm's own")
+    return address, int(port)
+
+
+def first_node(nodes: str) -> str:
+    """First name in Slurm's list of nodes: ``gpu[003-007,12],login`` -> ``gpu003``."""
+    match = re.match(r"([^,\[]*)(?:\[([^\],-]*)[^\]]*\]([^,]*))?", nodes)
+    return "".join(part or "" for part in match.groups()) if match else nodes
+
+
+def device_index(local_rank: int, visible: int) -> int:
+    """Number of this process's GPU among the ``visible`` ones: Slurm shows a process either its own GPU or all of the node's.
+
+    Raises:
+        UserError: more processes on the node than GPUs.
+    """
+    if visible > 1 and local_rank >= visible:
+        raise UserError(f"process {local_rank} of this node finds only {visible} GPUs: ask for --gpus-per-node=--ntasks-per-node")
+    return local_rank if visible > 1 else 0
+
+
+def incarnation(environment: Mapping[str, str]) -> str:
+    """Name of this start of the training: ``slurm-<job>.<restart>`` under Slurm, else this host and process."""
+    if "SLURM_STEP_ID" in environment and "SLURM_JOB_ID" in environment:
+        return f"slurm-{environment['SLURM_JOB_ID']}.{environment.get('SLURM_RESTART_COUNT') or 0}"
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def report(event: str, value: int = 0) -> None:
+    """Tell the job script, which cannot rely on srun's exit code: append to this process's file in CODA_REPORTS, if that is set."""
+    if folder := os.environ.get("CODA_REPORTS"):
+        with (Path(folder) / f"events-{os.environ.get('SLURM_PROCID', '0')}").open("a") as file:
+            file.write(f"{event} {value}\n")
+
+
 @contextmanager
-def process_group(timeout_seconds: float = 1800) -> Iterator[World]:
+def process_group(timeout_seconds: float | None = None) -> Iterator[World]:
     """Join the process group (NCCL on GPUs, else gloo) for the duration of the block, alone or under torchrun or srun.
+
+    A process that waits for the others for ``timeout_seconds`` gives up with an error; by default CODA_TIMEOUT_SECONDS, or 1800.
 
     Raises:
         UserError: the environment does not describe a process group.
     """
     rank, local_rank, size = ranks(os.environ)
+    timeout_seconds = timeout_seconds or _timeout(os.environ)
     if torch.cuda.is_available():
-        device = torch.device("cuda", 0 if torch.cuda.device_count() == 1 else local_rank)
+        device = torch.device("cuda", device_index(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(_threads(os.environ, size))
-    if size == 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if not os.environ.get(name):
-            raise UserError(f"environment variable {name} is not set; torchrun and slurm/imagenet_coda.sh set it")
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(size))  # what deepspeed reads
+    address, port = ("127.0.0.1", _free_port()) if size == 1 else rendezvous(os.environ)
+    variables = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": size, "MASTER_ADDR": address, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()})  # what torch and deepspeed read
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds))
     try:
-        yield World(rank, local_rank, size, device)
+        name = gather_across_ranks(incarnation(os.environ))[0]
+        yield World(rank, local_rank, size, device, name, timeout_seconds)
     finally:
         dist.destroy_process_group()
 
 
+def _timeout(environment: Mapping[str, str]) -> float:
+    text = environment.get("CODA_TIMEOUT_SECONDS") or str(World.timeout_seconds)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise UserError(f"environment variable CODA_TIMEOUT_SECONDS is {text!r}; it must be a positive number of seconds")
+    return seconds
+
+
 def _threads(environment: Mapping[str, str], size: int) -> int:
-    """Processors this process may use, shared fairly with the other processes of its machine."""
-    neighbours = environment.get("LOCAL_WORLD_SIZE") or environment.get("SLURM_NTASKS_PER_NODE") or str(size)
-    return max(1, len(os.sched_getaffinity(0)) // int(neighbours))
+    """Processors of this process: Slurm's share, else those it may use, shared fairly with the processes of its machine."""
+    available = len(os.sched_getaffinity(0))
+    if share := environment.get("SLURM_CPUS_PER_TASK"):
+        return max(1, min(available, int(share)))
+    return max(1, available // int(environment.get("LOCAL_WORLD_SIZE") or size))
 
 
 def _free_port() -> int:
@@ -105,6 +176,23 @@ def gather_across_ranks(value: object) -> list:
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def together(step: Callable[[], object], *, main_only: bool = False) -> None:
+    """Do ``step`` on all processes (or the main one) and wait for it; if it fails on one, fail on all, and none is left waiting.
+
+    Raises:
+        UserError, OSError: what ``step`` raised on the first process that failed.
+    """
+    failure: UserError | OSError | None = None
+    try:
+        if not main_only or not dist.is_initialized() or dist.get_rank() == 0:
+            step()
+    except (UserError, OSError) as error:
+        failure = error
+    for found in gather_across_ranks(failure):
+        if found is not None:
+            raise found
 
 
 def barrier() -> None:

@@ -5,7 +5,19 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from pipeline.distributed import average_buffers, gather_across_ranks, process_group, ranks, sum_across_ranks
+from pipeline.distributed import (
+    average_buffers,
+    device_index,
+    first_node,
+    gather_across_ranks,
+    incarnation,
+    process_group,
+    ranks,
+    rendezvous,
+    report,
+    sum_across_ranks,
+    together,
+)
 from pipeline.errors import UserError
 
 
@@ -28,6 +40,69 @@ def test_half_an_environment_is_refused_by_name(environment):
         ranks(environment)
 
 
+SLURM = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "123456", "SLURM_STEP_NODELIST": "gpu[003-004]"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"MASTER_ADDR": "host", "MASTER_PORT": "29500", **SLURM}, ("host", 29500)),
+        (SLURM, ("gpu003", 10000 + 123456 * 31 % 20000)),
+        ({**SLURM, "SLURM_RESTART_COUNT": "2"}, ("gpu003", 10002 + 123456 * 31 % 20000)),
+        ({"MASTER_ADDR": "10.0.0.7", **SLURM}, ("10.0.0.7", 10000 + 123456 * 31 % 20000)),
+    ],
+)
+def test_where_the_processes_meet(environment, expected):
+    assert rendezvous(environment) == expected
+
+
+@pytest.mark.parametrize(("environment", "name"), [({}, "MASTER_ADDR"), ({"MASTER_ADDR": "host"}, "MASTER_PORT")])
+def test_nowhere_to_meet_is_said_by_name(environment, name):
+    with pytest.raises(UserError, match=f"environment variable {name} is not set"):
+        rendezvous(environment)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1", "n1"), ("n1,n2", "n1"), ("gpu[003-007,12],login", "gpu003"), ("a[5,7-9]-ib", "a5-ib"), ("rack-b-[10-11]", "rack-b-10")],
+)
+def test_the_first_of_a_list_of_nodes(nodes, first):
+    assert first_node(nodes) == first
+
+
+@pytest.mark.parametrize(("local_rank", "visible", "index"), [(0, 4, 0), (3, 4, 3), (3, 1, 0)])
+def test_the_device_of_a_process(local_rank, visible, index):
+    assert device_index(local_rank, visible) == index
+
+
+def test_more_processes_than_devices_are_refused():
+    with pytest.raises(UserError, match="finds only 2 GPUs"):
+        device_index(2, 2)
+
+
+def test_each_start_has_another_name():
+    assert incarnation(SLURM) == "slurm-123456.0"
+    assert incarnation({**SLURM, "SLURM_RESTART_COUNT": "3"}) == "slurm-123456.3"
+    assert not incarnation({}).startswith("slurm")
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "inf"])
+def test_a_timeout_that_is_none(monkeypatch, text):
+    monkeypatch.setenv("CODA_TIMEOUT_SECONDS", text)
+    with pytest.raises(UserError, match=f"CODA_TIMEOUT_SECONDS is '{text}'"), process_group():
+        pass
+
+
+def test_reports_go_to_the_job_script(monkeypatch, tmp_path):
+    monkeypatch.delenv("CODA_REPORTS", raising=False)
+    report("saved", 3)  # nobody asked
+    monkeypatch.setenv("CODA_REPORTS", str(tmp_path))
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    report("saved", 4)
+    report("stopped")
+    assert (tmp_path / "events-1").read_text() == "saved 4\nstopped 0\n"
+
+
 def _member(rank, port, results):
     import os
 
@@ -37,7 +112,15 @@ def _member(rank, port, results):
         norm.running_mean.fill_(rank)
         average_buffers(norm)
         total = sum_across_ranks(torch.tensor([1.0 + rank]))
-        results.put((rank, world.is_main, total.item(), gather_across_ranks(f"r{rank}"), norm.running_mean.item()))
+        with pytest.raises(OSError, match="full") as failure:
+            together(lambda: _fail_on(1, rank))
+        gathered = gather_across_ranks(f"r{rank}")
+        results.put((rank, world.is_main, total.item(), gathered, norm.running_mean.item(), str(failure.value)))
+
+
+def _fail_on(failing, rank):
+    if rank == failing:
+        raise OSError(f"disk of {rank} is full")
 
 
 def test_collectives_of_two_processes():
@@ -49,7 +132,8 @@ def test_collectives_of_two_processes():
     results = mp.get_context("spawn").SimpleQueue()
     mp.start_processes(_member, args=(port, results), nprocs=2, start_method="spawn")
     seen = sorted(results.get() for _ in range(2))
-    assert seen == [(0, True, 3.0, ["r0", "r1"], 0.5), (1, False, 3.0, ["r0", "r1"], 0.5)]
+    failure = "disk of 1 is full"  # on both, so that none waits for the other
+    assert seen == [(0, True, 3.0, ["r0", "r1"], 0.5, failure), (1, False, 3.0, ["r0", "r1"], 0.5, failure)]
 
 
 def test_one_process_alone_needs_no_environment():

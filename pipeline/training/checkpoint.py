@@ -1,9 +1,9 @@
 """Checkpoints that are complete or absent, and whose loading runs no code.
 
 A checkpoint is a folder ``update-<n>`` with ``model.pt`` (the whole model, class names, progress), one ``rank-<r>.pt`` a
-process (random state, and optimiser state: whole on rank 0, or this rank's shard with ZeRO 1 and 2) and ``manifest.json`` (size
-and SHA-256 of every file). It is written under a temporary name, synced to disk and renamed. DeepSpeed's own checkpoints
-overwrite in place, name the latest before all ranks have written, and are loaded by unpickling.
+process (random state, batch norm statistics, and optimiser state: whole on rank 0, or this rank's shard with ZeRO 1 and 2) and
+``manifest.json`` (size and SHA-256 of every file). It is written under a temporary name, synced to disk and renamed. DeepSpeed's
+own checkpoints overwrite in place, name the latest before all ranks have written, and are loaded by unpickling.
 """
 
 import hashlib
@@ -12,19 +12,24 @@ import os
 import pickle
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
-from pipeline.distributed import World, barrier, gather_across_ranks
+from pipeline.distributed import World, average_buffers, gather_across_ranks, report, together
 from pipeline.errors import UserError
+from pipeline.files import write_atomically
+from pipeline.training.lease import Lease
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-KEEP = 2  # newest checkpoints that stay on disk
+KEEP = 2  # newest checkpoints that stay on disk, beside the best
+BEST = "best.json"
 
 
 class Checkpoints:
@@ -34,37 +39,67 @@ class Checkpoints:
         folder: where they live; made if missing.
         world: this process among all.
         classes: names of the model's classes, stored for exports.
+        lease: who may write them.
     """
 
-    def __init__(self, folder: Path, world: World, classes: Sequence[str]):
-        self.folder, self.world, self.classes = folder, world, list(classes)
+    def __init__(self, folder: Path, world: World, classes: Sequence[str], lease: Lease):
+        self.folder, self.world, self.classes, self.lease = folder, world, list(classes), lease
 
     def save(self, engine: "DeepSpeedEngine", updates: int) -> None:
-        """Write the state after ``updates`` optimiser updates. Every process must call it."""
-        temporary = self.folder / f".saving-{updates}"
+        """Write the state after ``updates`` optimiser updates, and leave it as it is. Every process must call it.
+
+        The model is written with the mean of the processes' batch norm statistics; each keeps its own for going on.
+
+        Raises:
+            OSError: on every process, if one cannot write. The checkpoints before this one stay.
+            UserError: another start of the training has taken over.
+        """
+        began = time.monotonic()
+        temporary = self.folder / f".saving-{updates}-{self.world.incarnation}"
+        own = {name: buffer.clone() for name, buffer in engine.module.named_buffers() if buffer.is_floating_point()}
+        average_buffers(engine.module)
+        try:
+            together(lambda: self._make(temporary), main_only=True)
+            together(lambda: self._write(engine, temporary, updates, own))
+            together(lambda: self._publish(temporary, updates), main_only=True)
+        except OSError as error:
+            newest = next((path.name for path in _published(self.folder)), None)
+            raise OSError(
+                f"checkpoint {self.folder}/update-{updates}: cannot be written: {error.strerror}; "
+                f"{f'{newest} stays the newest' if newest else 'there is none yet'}; make room and start the same command again"
+            ) from error
+        finally:
+            if self.world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+        for name, buffer in engine.module.named_buffers():
+            if name in own:
+                buffer.copy_(own[name])
         if self.world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        barrier()
-        if self.world.is_main:
-            state = {"model": engine.module.state_dict(), "classes": self.classes, "updates": updates, "shards": self._shards(engine)}
-            torch.save(state, temporary / "model.pt")
-        optimizer = _optimizer(engine).state_dict() if self.world.is_main or _sharded(engine) else None
-        torch.save({"random": torch.get_rng_state(), "optimizer": optimizer}, temporary / f"rank-{self.world.rank}.pt")
-        barrier()
-        if self.world.is_main:
-            self._publish(temporary, updates)
-        barrier()
+            final = self.folder / f"update-{updates}"
+            size = sum(file.stat().st_size for file in final.iterdir())
+            seconds = time.monotonic() - began
+            tqdm.write(f"saved {final}: {size / 1e6:.1f} MB in {seconds:.2f} s", file=sys.stderr)
+            report("saved", updates)
+
+    def mark_best(self, updates: int, value: float) -> None:
+        """Keep the checkpoint after ``updates``, just written, if no other has a higher ``value``. Every process must call it."""
+
+        def mark() -> None:
+            path = self.folder / BEST
+            if not path.exists() or value > json.loads(path.read_text())["value"]:
+                write_atomically(path, json.dumps({"updates": updates, "value": value}).encode())
+
+        together(mark, main_only=True)
 
     def load_newest(self, engine: "DeepSpeedEngine") -> int:
-        """Restore the newest valid checkpoint and return its number of updates; 0 and nothing restored if there is none.
+        """Restore the newest valid checkpoint and return its number of updates; 0 if there is none.
 
         Raises:
             UserError: it belongs to another model, or was sharded over another number of processes.
         """
         if self.world.is_main:
             for leftover in self.folder.glob(".saving-*"):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
         path = gather_across_ranks(_newest_valid(self.folder) if self.world.is_main else None)[0]
         if path is None:
             return 0
@@ -80,28 +115,47 @@ class Checkpoints:
         except RuntimeError as error:
             raise UserError(f"checkpoint {path}: its tensors do not fit this model; give the run another name") from error
         own = path / f"rank-{self.world.rank}.pt"
-        if own.exists():
-            torch.set_rng_state(_load(own)["random"])
+        if len(list(path.glob("rank-*.pt"))) == self.world.size:
+            private = _load(own)
+            _set_random_state(private["random"], self.world)
+            engine.module.load_state_dict(private["buffers"], strict=False)
         _optimizer(engine).load_state_dict(_load(own if _sharded(engine) else path / "rank-0.pt")["optimizer"])
         if _sharded(engine):
             engine.optimizer.refresh_fp32_params()
+        if self.world.is_main:
+            report("resumed", state["updates"])
         return state["updates"]
 
     def _shards(self, engine: "DeepSpeedEngine") -> int:
         return self.world.size if _sharded(engine) else 0
 
+    def _make(self, temporary: Path) -> None:
+        self.lease.check()
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def _write(self, engine: "DeepSpeedEngine", temporary: Path, updates: int, buffers: dict[str, torch.Tensor]) -> None:
+        if self.world.is_main:
+            state = {"model": engine.module.state_dict(), "classes": self.classes, "updates": updates, "shards": self._shards(engine)}
+            _store(state, temporary / "model.pt")
+        optimizer = _optimizer(engine).state_dict() if self.world.is_main or _sharded(engine) else None
+        private = {"random": _random_state(self.world), "buffers": buffers, "optimizer": optimizer}
+        _store(private, temporary / f"rank-{self.world.rank}.pt")
+
     def _publish(self, temporary: Path, updates: int) -> None:
         files = {file.name: [file.stat().st_size, _sha256(file)] for file in sorted(temporary.iterdir())}
-        (temporary / "manifest.json").write_text(json.dumps(files, indent=1))
-        for file in temporary.iterdir():
-            _sync(file)
+        write_atomically(temporary / "manifest.json", json.dumps(files, indent=1).encode())
         _sync(temporary)
         final = self.folder / f"update-{updates}"
+        self.lease.check()
         shutil.rmtree(final, ignore_errors=True)  # a broken one, or the same state saved before a restart
         os.rename(temporary, final)
         _sync(self.folder)
+        best = self.folder / BEST
+        spared = json.loads(best.read_text())["updates"] if best.exists() else None
         for old in _published(self.folder)[KEEP:]:
-            shutil.rmtree(old)
+            if old.name != f"update-{spared}":
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def newest_model(folder: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -138,6 +192,24 @@ def _sharded(engine: "DeepSpeedEngine") -> bool:
 def _optimizer(engine: "DeepSpeedEngine") -> torch.optim.Optimizer:
     """torch's own optimiser, inside ZeRO's wrapper if there is one. Its parameters are fp32, so the model holds the weights."""
     return engine.optimizer.optimizer if _sharded(engine) else engine.optimizer
+
+
+def _random_state(world: World) -> list[torch.Tensor]:
+    """States of torch's generators: the processor's, and on a GPU also the device's."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(world.device)] if world.device.type == "cuda" else [])]
+
+
+def _set_random_state(states: list[torch.Tensor], world: World) -> None:
+    torch.set_rng_state(states[0])
+    if world.device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], world.device)
+
+
+def _store(state: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:  # given a path instead, torch reports a full disk as a failed internal check
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """From a recipe to a DeepSpeed engine. The recipe owns every number; DeepSpeed's configuration is derived from it."""
 
 import logging
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import groups
 from torch import nn
 
 from pipeline.distributed import World
@@ -36,6 +38,9 @@ def configuration(recipe: Recipe, world_size: int) -> dict[str, Any]:
 
 def build(recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> deepspeed.DeepSpeedEngine:
     """``model`` and ``optimizer`` under DeepSpeed, in the process group that is open already."""
+    if groups._WORLD_GROUP is None:
+        # DeepSpeed reduces gradients in a group of its own, to which it gives torch's default timeout, 10 or 30 minutes.
+        groups._WORLD_GROUP = torch.distributed.new_group(timeout=timedelta(seconds=world.timeout_seconds))
     config = configuration(recipe, world.size)
     engine, *_ = deepspeed.initialize(model=model.to(world.device), optimizer=optimizer, config=config, dist_init_required=False)
     return engine

@@ -1,6 +1,7 @@
 """Training: recipe -> run folder. Killed at any moment and started again, it ends with the same weights and metrics."""
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 
@@ -11,19 +12,25 @@ from tqdm import tqdm
 from pipeline.data import manifest
 from pipeline.data.load import Batch, eval_loader, train_loader, unit_range
 from pipeline.data.write import prepare
-from pipeline.distributed import World, average_buffers, barrier, gather_across_ranks, sum_across_ranks
+from pipeline.distributed import World, average_buffers, barrier, gather_across_ranks, report, sum_across_ranks, together
 from pipeline.errors import UserError
 from pipeline.evaluate import evaluate
 from pipeline.export import FOLDER, export
 from pipeline.files import write_atomically
 from pipeline.recipe import STORED, Recipe, load_stored
-from pipeline.results import EVALUATION, conclude, pictures
+from pipeline.results import conclude, track
 from pipeline.tracking import Tracker, open_tracker
 from pipeline.training import engine as engines
 from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.failures import Watchdog, first_error
+from pipeline.training.lease import Lease
 from pipeline.training.losses import LOSSES
 from pipeline.training.model import build_model
 from pipeline.training.optim import build_optimizer, learning_rate
+from pipeline.training.penalty import DynamicWeightPenalty
+from pipeline.training.stop import Stop
+
+SELECTED_BY = "val/top1"  # the checkpoint with the highest one is kept
 
 
 def train(recipe: Recipe, world: World) -> None:
@@ -35,25 +42,25 @@ def train(recipe: Recipe, world: World) -> None:
     Raises:
         UserError: the recipe does not fit the data, the number of processes, or the run that is in the folder already.
     """
-    if not gather_across_ranks((recipe.data.folder / manifest.NAME).exists())[0]:
-        prepare(recipe)  # files that are there and damaged are for `coda prepare` to replace, not for a training
-    _refuse_another_run(recipe)
-    run = Run(recipe, world)
-    run.resume()
-    barrier()  # every process has read the folder before one writes
-    if world.is_main:
-        write_atomically(recipe.folder / STORED, yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
-    with open_tracker(recipe, recipe.folder, world) as tracker:
-        run.finish(tracker)
+    with Stop(world) as stop:
+        with stop.at_once():
+            if not gather_across_ranks((recipe.data.folder / manifest.NAME).exists())[0]:
+                prepare(recipe)  # files that are there and damaged are for `coda prepare` to replace, not for a training
+        _refuse_another_run(recipe)
+        run = Run(recipe, world)
+        barrier()  # every process has checked data, recipe and folder before one writes
+        with first_error(recipe.folder, world, stop), Watchdog(recipe.folder, world) as watchdog:
+            run.start()
+            stored = yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode()
+            together(lambda: write_atomically(recipe.folder / STORED, stored), main_only=True)
+            with open_tracker(recipe, recipe.folder, world) as tracker:
+                run.finish(tracker, stop, watchdog)
+                with stop.at_once():
+                    exported = recipe.folder / FOLDER
+                    together(lambda: export(run.engine.module, recipe, run.batches.classes, exported), main_only=True)
+                    track(tracker, recipe, recipe.folder, conclude(recipe.folder, recipe, world))
         if world.is_main:
-            export(run.engine.module, recipe, run.batches.classes, recipe.folder / FOLDER)
-        barrier()
-        result = conclude(recipe.folder, recipe, world)
-        tracker.metrics(result.values, step=recipe.training.epochs)
-        for index, point in enumerate(result.curve):
-            tracker.metrics({"interp/localisation_by_layer": point.localisation}, step=index)
-        for path in [recipe.folder / EVALUATION, *pictures(recipe.folder)]:
-            tracker.artifact(path)
+            report("finished")
 
 
 def _refuse_another_run(recipe: Recipe) -> None:
@@ -69,23 +76,31 @@ def _refuse_another_run(recipe: Recipe) -> None:
 
 
 class Run:
-    """State of one training: engine, loaders, and the number of updates done."""
+    """State of one training: engine, loaders, and the number of updates done. Made without writing anything.
+
+    Raises:
+        UserError: the recipe does not fit the data or the number of processes, or names no model.
+    """
 
     def __init__(self, recipe: Recipe, world: World):
-        self.recipe, self.world, self.tracker = recipe, world, Tracker()
+        self.recipe, self.world = recipe, world
         micro_batch, self.accumulation = recipe.micro_batch(world.size)
         self.batches = train_loader(recipe, world, micro_batch)
         self.validation = eval_loader(recipe, world, recipe.evaluation.batch_size)
         self.updates_per_epoch = self.batches.samples // recipe.training.global_batch_size
         torch.manual_seed(recipe.seed)  # initialisation, and what a model draws itself (dropout)
-        model = build_model(recipe.model, len(self.batches.classes))
-        self.engine = engines.build(recipe, model, build_optimizer(model, recipe.training), world)
+        self.model = build_model(recipe.model, len(self.batches.classes))
         self.loss = LOSSES[recipe.training.loss]
-        self.checkpoints = Checkpoints(recipe.folder / "checkpoints", world, self.batches.classes)
+        strength = recipe.training.weight_penalty
+        self.penalty = DynamicWeightPenalty(self.model, strength, recipe.seed) if strength else None
+        self.lease = Lease(recipe.folder, world.incarnation)
+        self.checkpoints = Checkpoints(recipe.folder / "checkpoints", world, self.batches.classes, self.lease)
         self.updates = 0
 
-    def resume(self) -> None:
-        """Continue from the newest valid checkpoint."""
+    def start(self) -> None:
+        """Take over the run folder and continue from its newest valid checkpoint."""
+        together(self.lease.take, main_only=True)
+        self.engine = engines.build(self.recipe, self.model, build_optimizer(self.model, self.recipe.training), self.world)
         self.updates = self.checkpoints.load_newest(self.engine)
         if self.updates and self.world.is_main:
             print(f"resumed {self.recipe.folder} at update {self.updates} of {self.total_updates}")
@@ -94,17 +109,24 @@ class Run:
     def total_updates(self) -> int:
         return self.recipe.training.epochs * self.updates_per_epoch
 
-    def finish(self, tracker: Tracker) -> None:
-        """All epochs that are left, each followed by its evaluation and a checkpoint; ``tracker`` is told of all of it."""
-        self.tracker = tracker
+    def finish(self, tracker: Tracker, stop: Stop, watchdog: Watchdog) -> None:
+        """All epochs that are left, each followed by a checkpoint and its evaluation; ``tracker`` is told of all of it.
+
+        A run that stopped after the checkpoint of an epoch begins with its evaluation; the tracker drops what it knows already.
+        """
+        self.tracker, self.stop, self.watchdog = tracker, stop, watchdog
         hidden = not self.world.is_main
+        self._stop_if_asked()
         with tqdm(total=self.total_updates, initial=self.updates, unit="update", desc=self.recipe.name, disable=hidden) as bar:
-            while self.updates < self.total_updates:
+            while True:
                 epoch, done = divmod(self.updates, self.updates_per_epoch)
+                if epoch and not done:
+                    self._evaluate(epoch)
+                if self.updates == self.total_updates:
+                    return
                 with self.batches.epoch(epoch, done * self.accumulation) as batches:
                     self._train_epoch(batches, bar)
                 average_buffers(self.engine.module)
-                self._evaluate(epoch + 1)
                 self._save()
 
     def _train_epoch(self, batches: Iterator[Batch], bar: tqdm) -> None:
@@ -114,17 +136,20 @@ class Run:
         while True:
             loss = self._update(batches)
             self.updates += 1
+            self.watchdog.beat()
             bar.update()
+            save = every_save is not None and self.updates % every_save == 0
             if self.updates % every_log == 0:
-                mean_loss = sum_across_ranks(loss).item()  # the one point where the host waits for the device
+                # The one point where the host waits for the device; whether to stop costs no reduction of its own.
+                mean_loss, asked = sum_across_ranks(torch.stack([loss, self.stop.flag()])).tolist()
                 now = time.monotonic()
                 speed = (self.updates - clocked_updates) * self.recipe.training.global_batch_size / (now - clock)
                 clock, clocked_updates = now, self.updates
                 self._log(mean_loss, speed, bar)
+                save = save or asked > 0
             if self.updates % self.updates_per_epoch == 0:
                 return
-            if every_save and self.updates % every_save == 0:
-                average_buffers(self.engine.module)
+            if save:
                 self._save()
 
     def _update(self, batches: Iterator[Batch]) -> torch.Tensor:
@@ -136,7 +161,10 @@ class Run:
         for _ in range(self.accumulation):
             batch = next(batches)
             logits = self.engine(unit_range(batch.images, self.world.device)).float()
-            loss = self.loss(logits, batch.labels.to(self.world.device))
+            labels = batch.labels.to(self.world.device)
+            loss = self.loss(logits, labels)
+            if self.penalty:
+                loss = loss + self.penalty(labels, self.updates)
             self.engine.backward(loss)
             self.engine.step()
             total += loss.detach() / (self.accumulation * self.world.size)
@@ -145,6 +173,8 @@ class Run:
     def _log(self, loss: float, speed: float, bar: tqdm) -> None:
         rate = learning_rate(self.updates - 1, self.updates_per_epoch, self.recipe.training)
         values = {"train/loss": loss, "train/learning_rate": rate, "speed/images_per_second": speed}
+        if self.world.is_main:
+            self.lease.check()
         self.tracker.metrics(values, step=self.updates * self.recipe.training.global_batch_size)
         if not math.isfinite(loss):
             raise UserError(
@@ -155,10 +185,24 @@ class Run:
 
     def _evaluate(self, epoch: int) -> None:
         evaluation = self.recipe.evaluation
-        if epoch % evaluation.every_epochs == 0 and epoch < self.recipe.training.epochs:  # the last one is done on the export
-            result = evaluate(self.engine.module, self.recipe, self.validation, self.world, evaluation.metrics)
-            self.tracker.metrics(result.values, step=epoch)
+        if epoch % evaluation.every_epochs or epoch == self.recipe.training.epochs:  # the last one is done on the export
+            return
+        with self.stop.at_once():
+            values = evaluate(self.engine.module, self.recipe, self.validation, self.world, evaluation.metrics).values
+        self.tracker.metrics(values, step=epoch)
+        if SELECTED_BY in values:
+            self.checkpoints.mark_best(self.updates, values[SELECTED_BY])
+        self.watchdog.beat()
 
     def _save(self) -> None:
-        self.tracker.sync_to_disk()  # the journal is never behind a checkpoint
+        together(self.tracker.sync_to_disk)  # the journal is never behind a checkpoint
         self.checkpoints.save(self.engine, self.updates)
+        self.watchdog.beat()
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        """Called only where everything is saved."""
+        if self.stop.agreed():
+            if self.world.is_main:
+                tqdm.write(f"asked to stop: saved at update {self.updates} of {self.total_updates}", file=sys.stderr)
+            self.stop.leave()

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 import socket
 
 import pytest
@@ -12,6 +14,7 @@ from recipes_for_tests import small_recipe
 from pipeline.distributed import process_group
 from pipeline.errors import UserError
 from pipeline.training.checkpoint import newest_model
+from pipeline.training.lease import Lease
 
 
 def updates(run, count):
@@ -31,7 +34,9 @@ def weights(run):
 def build(folder, world, **changes):
     from pipeline.training.loop import Run
 
-    return Run(small_recipe(folder, **changes), world)
+    run = Run(small_recipe(folder, **changes), world)
+    run.start()
+    return run
 
 
 def _resumed_equals_uninterrupted(rank, size, port, folder, runs, stage):
@@ -44,21 +49,51 @@ def _resumed_equals_uninterrupted(rank, size, port, folder, runs, stage):
         updates(whole, 3)
         torch.manual_seed(rank + 99)
         parted = build(folder, world, **changes)
-        parted.resume()
         assert parted.updates == 2
         updates(parted, 3)
-        mine, theirs = weights(whole), weights(parted)
-        if rank:  # DeepSpeed keeps parameters equal; batch norm statistics of other ranks are averaged before they matter
-            mine, theirs = list(whole.engine.module.parameters()), list(parted.engine.module.parameters())
-        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(parted), strict=True))
+
+
+def run_on_two(function, *arguments):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.start_processes(function, args=(2, port, *arguments), nprocs=2, start_method="spawn")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_resumed_equals_uninterrupted_bitwise_on_two_processes(prepared, tmp_path, stage):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(_resumed_equals_uninterrupted, args=(2, port, prepared, tmp_path, stage), nprocs=2, start_method="spawn")
+    run_on_two(_resumed_equals_uninterrupted, prepared, tmp_path, stage)
+
+
+def _resumed_on_two(rank, size, port, folder, runs):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with process_group(timeout_seconds=120) as world:
+        two = build(folder, world, runs=str(runs), **WITHOUT_BATCH_NORM)
+        assert two.updates == 2
+        updates(two, 2)
+        two.checkpoints.save(two.engine, two.updates)
+
+
+WITHOUT_BATCH_NORM = {"training__optimizer": "sgd", "training__learning_rate": 0.5}  # the small recipe's model has none
+
+
+def test_resumed_on_other_numbers_of_processes_within_rounding(prepared, tmp_path):
+    """1 -> 2 -> 1 processes with the same global batch, against 1 throughout."""
+    with process_group() as world:
+        whole = build(prepared, world, runs=str(tmp_path / "whole"), **WITHOUT_BATCH_NORM)
+        before = weights(whole)
+        updates(whole, 6)
+        parted = build(prepared, world, runs=str(tmp_path / "parted"), **WITHOUT_BATCH_NORM)
+        updates(parted, 2)
+        parted.checkpoints.save(parted.engine, parted.updates)
+        run_on_two(_resumed_on_two, prepared, tmp_path / "parted")
+        again = build(prepared, world, runs=str(tmp_path / "parted"), **WITHOUT_BATCH_NORM)
+        assert again.updates == 4
+        updates(again, 2)
+    difference = max((a - b).abs().max().item() for a, b in zip(weights(whole), weights(again), strict=True))
+    moved = max((a - b).abs().max().item() for a, b in zip(weights(whole), before, strict=True))
+    assert moved > 1e-3 and difference < 1e-6
 
 
 @pytest.fixture
@@ -76,7 +111,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_message(saved, capsys):
     newest = saved.checkpoints.folder / "update-2" / "model.pt"
     content = newest.read_bytes()
     newest.write_bytes(content[:-1] + b"!")
-    saved.resume()
+    saved.start()
     assert saved.updates == 1
     assert "update-2 is damaged and skipped" in capsys.readouterr().err
 
@@ -84,7 +119,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_message(saved, capsys):
 def test_an_unfinished_checkpoint_is_removed(saved):
     leftover = saved.checkpoints.folder / ".saving-3"
     leftover.mkdir()
-    saved.resume()
+    saved.start()
     assert saved.updates == 2 and not leftover.exists()
 
 
@@ -94,17 +129,63 @@ def test_only_the_newest_are_kept(saved):
     assert sorted(path.name for path in saved.checkpoints.folder.iterdir()) == ["update-2", "update-3"]
 
 
+def test_the_best_is_kept_beside_the_newest(saved):
+    saved.checkpoints.mark_best(2, 0.9)
+    for _ in range(3):
+        updates(saved, 1)
+        saved.checkpoints.save(saved.engine, saved.updates)
+        saved.checkpoints.mark_best(saved.updates, 0.8)
+    assert {path.name for path in saved.checkpoints.folder.glob("update-*")} == {"update-2", "update-4", "update-5"}
+
+
+def test_a_disk_without_room_leaves_the_checkpoints_before_it(saved):
+    """A limit on the size of files stands for the disk: the kernel refuses the same write with another number."""
+    updates(saved, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="update-3: cannot be written: File too large; update-2 stays the newest; make room"):
+            saved.checkpoints.save(saved.engine, saved.updates)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in saved.checkpoints.folder.iterdir()) == ["update-1", "update-2"]
+    saved.checkpoints.save(saved.engine, saved.updates)
+    assert newest_model(saved.checkpoints.folder)
+
+
+def test_a_start_that_was_superseded_cannot_write(saved):
+    updates(saved, 1)
+    Lease(saved.recipe.folder, "slurm-7.1").take()
+    with pytest.raises(UserError, match="slurm-7.1 has taken over"):
+        saved.checkpoints.save(saved.engine, saved.updates)
+    assert sorted(path.name for path in saved.checkpoints.folder.iterdir()) == ["update-1", "update-2"]
+
+
+def test_an_older_restart_of_a_job_does_not_take_over(tmp_path):
+    newer, older = Lease(tmp_path, "slurm-7.10"), Lease(tmp_path, "slurm-7.9")
+    older.take()
+    newer.take()
+    with pytest.raises(UserError, match=r"slurm-7.10 is training it, so the older slurm-7.9 stops"):
+        older.take()
+    newer.check()
+    Lease(tmp_path, "slurm-8.0").take()  # another job is no older one
+
+
+def test_a_save_says_how_long_and_how_much(saved, capsys):
+    updates(saved, 1)
+    saved.checkpoints.save(saved.engine, saved.updates)
+    assert re.search(r"saved .*update-3: \d+\.\d MB in \d+\.\d\d s", capsys.readouterr().err)
+
+
 def test_a_checkpoint_of_another_model_is_refused_in_one_line(saved, prepared):
-    other = build(prepared, saved.world, runs=str(saved.recipe.runs), model__args={"rank": 4})
     with pytest.raises(UserError, match="do not fit this model") as error:
-        other.resume()
+        build(prepared, saved.world, runs=str(saved.recipe.runs), model__args={"rank": 4})
     assert "\n" not in str(error.value)
 
 
 def test_sharded_checkpoints_say_what_they_need(saved, prepared):
-    sharded = build(prepared, saved.world, runs=str(saved.recipe.runs), training__zero_stage=1)
     with pytest.raises(UserError, match="no shards, this run needs 1"):
-        sharded.resume()
+        build(prepared, saved.world, runs=str(saved.recipe.runs), training__zero_stage=1)
 
 
 def test_loading_runs_no_code(saved, tmp_path):
@@ -119,7 +200,7 @@ def test_loading_runs_no_code(saved, tmp_path):
     files = {name: [(path / name).stat().st_size, _sha256(path / name)] for name in ("model.pt", "rank-0.pt")}
     (path / "manifest.json").write_text(json.dumps(files))
     with pytest.raises(UserError, match="not loaded"):
-        saved.resume()
+        saved.start()
     assert not (tmp_path / "harm").exists()
 
 

@@ -1,0 +1,83 @@
+"""What a failed run leaves for its finder: the first error of any process, and where each process stood when nothing moved."""
+
+import faulthandler
+import os
+import signal
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.distributed import World
+from pipeline.errors import UserError
+from pipeline.training.stop import Stop
+
+FIRST_ERROR = "first_error.txt"
+STACKS = "stacks"
+
+
+@contextmanager
+def first_error(folder: Path, world: World, stop: Stop) -> Iterator[None]:
+    """Keep the first exception of any process in ``folder``/first_error.txt; of an earlier start's, only until the next.
+
+    One failure brings many: the others lose their connection. A process that was asked to stop and then loses its connection has
+    peers that were faster to leave, which is no error.
+    """
+    path = folder / FIRST_ERROR
+    try:
+        yield
+    except Exception as error:
+        if stop.asked and not isinstance(error, UserError | OSError):
+            stop.leave()
+        try:
+            _write_first(path, world, error)
+        except OSError as unwritten:  # such as a full disk, which may be the very error
+            error.add_note(f"{path} could not be written: {unwritten}")
+        raise
+    if world.is_main:
+        path.unlink(missing_ok=True)
+
+
+def _write_first(path: Path, world: World, error: Exception) -> None:
+    title = f"process {world.rank} of {world.size}, {world.incarnation}, {os.uname().nodename}"
+    mine = path.with_name(f".{path.name}.{world.rank}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        mine.write_text(f"{title}\n{''.join(traceback.format_exception(error))}")
+        try:
+            os.link(mine, path)  # fails where another process was first
+        except FileExistsError:
+            if f", {world.incarnation}, " not in path.read_text().partition("\n")[0]:
+                os.replace(mine, path)
+    finally:
+        mine.unlink(missing_ok=True)
+
+
+class Watchdog:
+    """Writes the stacks of all threads to ``folder``/stacks/<incarnation>-rank-<r>.txt when nothing moves, or SIGUSR2 asks.
+
+    It works in C, without the interpreter, so it sees a process that hangs in a library. It fires a little before the processes
+    that wait for a hung one give up, while all are still alive. A context manager.
+    """
+
+    def __init__(self, folder: Path, world: World) -> None:
+        self._seconds = 0.9 * world.timeout_seconds
+        path = folder / STACKS / f"{world.incarnation}-rank-{world.rank}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._file = path, path.open("w")
+
+    def __enter__(self) -> "Watchdog":
+        faulthandler.register(signal.SIGUSR2, file=self._file, all_threads=True)
+        self.beat()
+        return self
+
+    def beat(self) -> None:
+        """Something has moved: count anew."""
+        faulthandler.dump_traceback_later(self._seconds, file=self._file)
+
+    def __exit__(self, *_: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(signal.SIGUSR2)
+        self._file.close()
+        if not self._path.stat().st_size:
+            self._path.unlink()

@@ -1,0 +1,18 @@
+"""One cluster for all tests that need Slurm."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from local_slurm import MISSING, LocalSlurm
+
+
+@pytest.fixture(scope="session")
+def slurm():
+    if MISSING:
+        pytest.skip(f"{', '.join(MISSING)} not found: apt-get install slurm-wlm munge")
+    folder = Path(tempfile.mkdtemp(prefix="coda-"))  # pytest's own folders have names too long for sockets
+    with LocalSlurm(folder) as cluster:
+        yield cluster
+    shutil.rmtree(folder)

@@ -1,0 +1,133 @@
+"""The job scripts: what they decide, by a table; what Slurm does with them, on a real cluster."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from local_slurm import ROOT
+
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+
+
+def common(call, folder, **environment):
+    """Standard output of a function of slurm/common.sh."""
+    script = f"source {ROOT}/slurm/common.sh; {call}"
+    done = subprocess.run(["bash", "-uc", script], cwd=folder, env={"PATH": "/usr/bin:/bin", **environment}, capture_output=True, text=True)
+    assert not done.stderr
+    return done.stdout.strip()
+
+
+def attempts(folder, *events):
+    """Folders of attempts 0, 1, ... with what their first process has reported; "preempted" is the script's own mark."""
+    for number, text in enumerate(events):
+        (folder / str(number)).mkdir()
+        (folder / str(number) / "events-0").write_text("".join(f"{event}\n" for event in text.split(", ") if event != "preempted"))
+        if "preempted" in text:
+            (folder / str(number) / "preempted").touch()
+
+
+@pytest.mark.parametrize(
+    ("events", "count"),
+    [
+        (["saved 4"], 0),
+        ([""], 1),
+        (["resumed 0", "stopped 0"], 2),
+        (["saved 4", "resumed 4", "resumed 4, saved 4"], 2),
+        (["saved 4", "resumed 4", "resumed 4, saved 9"], 0),
+        (["saved 9", "preempted", "preempted", "preempted"], 0),
+        (["saved 9", "preempted", "", "preempted", ""], 2),
+        ([""] * 10 + ["saved 2"] + [""], 1),  # in the order of numbers, not of names
+    ],
+)
+def test_attempts_without_fruit_are_counted(tmp_path, events, count):
+    attempts(tmp_path, *events)
+    assert common(f"fruitless {tmp_path}", tmp_path) == str(count)
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "events", "expected"),
+    [
+        (0, "RUNNING", ["saved 9, finished 0"], "done"),
+        (143, "RUNNING", ["", "", "", "finished 0"], "done"),
+        (0, "RUNNING", ["saved 9"], "requeue"),  # what srun says when it has lost a slurmstepd
+        (85, "RUNNING", ["saved 9, stopped 0"], "requeue"),
+        (143, "RUNNING", ["saved 9, stopped 0"], "requeue"),  # what srun says after a preemption
+        (137, "RUNNING", ["saved 9"], "requeue"),
+        (85, "COMPLETING", ["saved 9, stopped 0"], "cancelled"),
+        (2, "RUNNING", [""], "mistake"),
+        (143, "RUNNING", ["resumed 3, mistake 0"], "mistake"),  # the other processes were terminated
+        (1, "RUNNING", ["", ""], "requeue"),
+        (1, "RUNNING", ["", "", ""], "stuck"),
+        (85, "RUNNING", ["saved 1", "saved 2", "saved 3", "saved 4"], "enough"),
+    ],
+)
+def test_verdicts(tmp_path, code, state, events, expected):
+    attempts(tmp_path, *events)
+    call = f"verdict {code} {state} {tmp_path} {len(events) - 1}"
+    assert common(call, tmp_path, CODA_MAX_RESTARTS="3") == expected
+
+
+def test_a_sweep_has_every_combination_once(tmp_path):
+    axes = "model.args.temperature=10,100,1000 model.args.conv_stages=2,3"
+    assert common(f"combinations {axes}", tmp_path) == "6"
+    found = [common(f"combination {index} {axes}", tmp_path) for index in range(6)]
+    assert found == [f"model.args.temperature={t} model.args.conv_stages={c}" for t in (10, 100, 1000) for c in (2, 3)]
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="apt-get install shellcheck")
+def test_shellcheck_is_content():
+    files = [*SCRIPTS, *sorted((ROOT / "slurm" / "clusters").glob("*.sh"))]
+    done = subprocess.run(["shellcheck", "-x", *map(str, files)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("script", [path.name for path in SCRIPTS if path.name not in ("common.sh", "local_cluster.sh", "sweep.sh")])
+def test_requests_are_accepted_as_they_are(slurm, script):
+    slurm.run("sbatch", "--test-only", f"slurm/{script}")
+
+
+PROGRAM = """#!/usr/bin/env python3
+# Stands where the interpreter stands: reports as a training does, so that the script is tested without one.
+import os, signal, sys, time
+if os.environ["SLURM_PROCID"] == "0":
+    with open(os.environ["CODA_REPORTS"] + "/events-0", "a") as file:
+        file.write({event!r})
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))
+print("coda: what is wrong", flush=True)
+time.sleep({seconds})
+sys.exit({code})
+"""
+
+
+def job_of(slurm, program, **values):
+    program_file = Path(slurm.submit_folder) / f"{program}.py"
+    program_file.write_text(PROGRAM.format(**values))
+    program_file.chmod(0o755)
+    slurm.environment["CODA_PYTHON"] = str(program_file)
+    return slurm.submit("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "slurm/imagenet_coda.sh")
+
+
+@pytest.fixture
+def python(slurm):
+    before = slurm.environment["CODA_PYTHON"]
+    yield
+    slurm.environment["CODA_PYTHON"] = before
+
+
+@pytest.mark.slurm
+def test_a_cancelled_job_stays_cancelled(slurm, python):
+    job = job_of(slurm, "sleeper", event="saved 3\n", seconds=100, code=0)
+    job.wait(lambda: (slurm.submit_folder / "logs" / job.number / "0" / "events-0").exists(), "a start")
+    slurm.run("scancel", job.number)
+    job.wait_for_end(60)
+    assert (job.state, job.restarts) == ("CANCELLED", 0)
+
+
+@pytest.mark.slurm
+def test_a_mistake_is_said_once_and_not_repeated(slurm, python):
+    job = job_of(slurm, "mistaken", event="mistake 0\n", seconds=0, code=2)
+    job.wait_for_end(60)
+    assert (job.state, job.restarts) == ("FAILED", 0)
+    assert job.log.endswith("ended with code 2: mistake\ncoda: what is wrong\n")

@@ -1,0 +1,130 @@
+"""Being asked to stop: at any moment, by either signal, on one process of two; and what comes after."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from recipes_for_tests import small_recipe
+from test_loop import command, history
+
+from pipeline.distributed import World
+from pipeline.training.failures import Watchdog, first_error
+from pipeline.training.stop import REQUEUE, Stop
+
+
+def wait_for(reached, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def ask(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_is_noted_and_the_handlers_come_back(number):
+    before = signal.getsignal(number)
+    with Stop(World()) as stop:
+        assert not stop.agreed()
+        ask(number)
+        ask(number)  # Slurm repeats itself
+        assert stop.agreed()
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_from_before_the_handlers_is_not_lost():
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # as slurm/common.sh starts the processes
+    signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # other threads of the test's process do not block it
+    with Stop(World()) as stop:
+        assert stop.asked
+
+
+def test_where_nothing_is_to_be_saved_it_ends_at_once():
+    with Stop(World()) as stop, pytest.raises(SystemExit) as left:
+        with stop.at_once():
+            ask()
+            raise AssertionError("went on")
+    assert left.value.code == REQUEUE
+    with Stop(World()) as stop:
+        ask()
+        with pytest.raises(SystemExit), stop.at_once():  # asked before the block
+            raise AssertionError("went on")
+
+
+def test_one_process_of_two_is_asked_and_both_stop_at_one_update(prepared, tmp_path):
+    changes = dict(model__name="coda_resnet20", model__args={"rank": 2}, runs=str(tmp_path), training__epochs=300)
+    recipe = small_recipe(prepared, name="asked", **changes)
+    launcher = command(recipe, tmp_path, processes=2)
+    wait_for(lambda: (recipe.folder / "journal.jsonl").exists() and "train/loss" in (recipe.folder / "journal.jsonl").read_text())
+    second = [pid for pid in children(launcher.pid) if b"LOCAL_RANK=1\0" in open(f"/proc/{pid}/environ", "rb").read()]
+    os.kill(second[0], signal.SIGUSR1)
+    launcher.wait(120)
+    log = (tmp_path / "asked.log").read_text()
+    assert f"exitcode  : {REQUEUE}" in log
+    last = max(step for name, step, _ in history(recipe) if name == "train/loss") // recipe.training.global_batch_size
+    assert (recipe.folder / "checkpoints" / f"update-{last}").is_dir()
+    assert f"asked to stop: saved at update {last} of 3300" in log
+    assert not (recipe.folder / "first_error.txt").exists()
+
+
+def children(process):
+    return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True).stdout.split()]
+
+
+def test_the_first_error_of_any_process_stands_in_one_file(tmp_path):
+    first, second = World(rank=1, size=2, incarnation="slurm-3.0"), World(rank=0, size=2, incarnation="slurm-3.0")
+    for world, message in ((first, "the cause"), (second, "connection lost")):
+        with pytest.raises(RuntimeError), first_error(tmp_path, world, Stop(world)):
+            raise RuntimeError(message)
+    text = (tmp_path / "first_error.txt").read_text()
+    assert text.startswith("process 1 of 2, slurm-3.0, ") and "RuntimeError: the cause" in text and "connection lost" not in text
+    again = World(rank=0, size=2, incarnation="slurm-3.1")
+    with pytest.raises(RuntimeError), first_error(tmp_path, again, Stop(again)):
+        raise RuntimeError("another")
+    assert "RuntimeError: another" in (tmp_path / "first_error.txt").read_text()  # of the newest start
+    with first_error(tmp_path, again, Stop(again)):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_connection_lost_while_stopping_is_no_error(tmp_path):
+    with Stop(World()) as stop, pytest.raises(SystemExit) as left, first_error(tmp_path, World(), stop):
+        ask()
+        raise RuntimeError("Connection closed by peer")
+    assert left.value.code == REQUEUE and not list(tmp_path.iterdir())
+
+
+HANGS = """
+import sys, time
+from pathlib import Path
+from pipeline.distributed import World
+from pipeline.training.failures import Watchdog
+def stuck_here():
+    print("stuck", flush=True)
+    time.sleep(3)
+with Watchdog(Path(sys.argv[1]), World(timeout_seconds=2)):
+    stuck_here()
+"""
+
+
+def test_a_process_that_hangs_says_where_by_itself_and_when_asked(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HANGS, str(tmp_path)], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(60) == 0
+    asked, sign, by_itself = (tmp_path / "stacks" / "alone-rank-0.txt").read_text().partition("Timeout (0:00:01.8")
+    assert sign and "stuck_here" in asked and "stuck_here" in by_itself
+
+
+def test_a_process_that_moves_leaves_no_stacks(tmp_path):
+    with Watchdog(tmp_path, World(timeout_seconds=1)) as watchdog:
+        for _ in range(6):
+            watchdog.beat()
+            time.sleep(0.2)
+    assert not list((tmp_path / "stacks").iterdir())
