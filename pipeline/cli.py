@@ -1,6 +1,7 @@
 """The command line: ``coda`` or ``python -m pipeline``."""
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +10,12 @@ from pipeline.distributed import report
 from pipeline.errors import UserError
 
 EXIT_USER_ERROR = 2
-EXIT_IO_ERROR = 74  # EX_IOERR of sysexits.h
 EXIT_INTERRUPTED = 130
+FULL = (errno.ENOSPC, errno.EDQUOT)  # no room on the disk, or none left in a quota
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0; with one line on stderr 2 for a user's mistake, 74 for a disk's; 130 for Ctrl-C."""
+    """Run one command; returns the exit code: 0; with one line on stderr 2 for a mistake of the user or a failure of a disk, 130 for Ctrl-C."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]:
@@ -28,8 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"coda: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except OSError as error:  # of a disk or a file: full, not readable, gone
-        print(f"coda: {error}", file=sys.stderr)
-        return EXIT_IO_ERROR
+        report("disk")  # a job script tries again: the disk may have room by then
+        remedy = "; make room there and start the same command again" if error.errno in FULL else ""
+        print(f"coda: {error}{remedy}", file=sys.stderr)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("coda: interrupted; the same command continues a training from its newest checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED

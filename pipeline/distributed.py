@@ -4,7 +4,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -103,7 +103,8 @@ def incarnation(environment: Mapping[str, str]) -> str:
 def report(event: str, value: int = 0) -> None:
     """Tell the job script, which cannot rely on srun's exit code: append to this process's file in CODA_REPORTS, if that is set."""
     if folder := os.environ.get("CODA_REPORTS"):
-        with (Path(folder) / f"events-{os.environ.get('SLURM_PROCID', '0')}").open("a") as file:
+        # A disk that is full is no reason to end a training here, nor to hide the error that is being reported.
+        with suppress(OSError), (Path(folder) / f"events-{os.environ.get('SLURM_PROCID', '0')}").open("a") as file:
             file.write(f"{event} {value}\n")
 
 

@@ -86,7 +86,7 @@ reported() { # FOLDER EVENT
 verdict() { # CODE STATE FOLDER RESTARTS
     if reported "$3/$4" finished; then
         echo "done"
-    elif [ "$1" = 2 ] || reported "$3/$4" mistake; then
+    elif reported "$3/$4" mistake || { [ "$1" = 2 ] && ! reported "$3/$4" disk; }; then
         echo mistake
     elif [ "$2" != RUNNING ]; then
         echo cancelled

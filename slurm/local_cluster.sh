@@ -6,6 +6,9 @@
 # keys, sockets, logs) stands in CODA_LOCAL_CLUSTER, a folder with a short path; the ports count up from CODA_LOCAL_CLUSTER_PORT.
 # A Slurm of the system is not touched. Each node claims 4 GPUs (empty files stand in for them) and 32 processors, so that GPU
 # requests are accepted as they are. Partitions: `gpu`, whose jobs are preempted and requeued, and `urgent`, which preempts them.
+#
+# `start --networks` gives each node a network and a host name of its own, so that it can be cut off; root only, one such cluster a
+# machine. To break things: cut NODE, heal NODE, kill-node NODE (with all its processes; --networks only), start-node NODE.
 set -euo pipefail
 
 folder=${CODA_LOCAL_CLUSTER:-/tmp/coda-cluster-$(id -u)}
@@ -13,18 +16,56 @@ port=${CODA_LOCAL_CLUSTER_PORT:-16817}
 export SLURM_CONF=$folder/slurm.conf
 export PATH=$PATH:/usr/sbin:/sbin
 nodes=(n1 n2)
+network=198.18.77 # of the range that is reserved for tests of networks
 
 fail() {
     printf 'local_cluster: %s\n' "$*" >&2
     exit 2
 }
 
+networks() { # whether each node has its own
+    [ -e "$folder/hosts" ]
+}
+
+start_networks() {
+    local number
+    ! ip link show coda >/dev/null 2>&1 || fail "another cluster has networks already: stop it, or  ip link delete coda"
+    [ -z "$(ip -4 route show "$network.0/24")" ] || fail "the network $network.0 is in use on this machine"
+    printf '%s\n' '127.0.0.1 localhost' "$network.1 $(hostname -s)" "$network.11 n1" "$network.12 n2" >"$folder/hosts"
+    ip link add coda type bridge
+    ip address add "$network.1/24" dev coda
+    ip link set coda up
+    for number in 1 2; do
+        ip netns add "coda-n$number"
+        ip link add "coda-n$number" type veth peer name eth0 netns "coda-n$number"
+        ip link set "coda-n$number" master coda up
+        ip -n "coda-n$number" address add "$network.1$number/24" dev eth0
+        ip -n "coda-n$number" link set lo up
+        ip -n "coda-n$number" link set eth0 up
+    done
+}
+
+stop_networks() {
+    local node
+    for node in "${nodes[@]}"; do
+        ip link delete "coda-$node" 2>/dev/null || true
+        ip netns delete "coda-$node" 2>/dev/null || true
+    done
+    ip link delete coda 2>/dev/null || true
+}
+
 write_configuration() {
-    local user host
+    local user host address=127.0.0.1 lines
     user=$(id -un)
     host=$(hostname -s)
+    lines="NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=32 RealMemory=256000 Gres=gpu:4
+NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=32 RealMemory=256000 Gres=gpu:4"
+    if networks; then
+        address=$network.1
+        lines="NodeName=n1 NodeAddr=$network.11 Port=$((port + 1)) CPUs=32 RealMemory=256000 Gres=gpu:4
+NodeName=n2 NodeAddr=$network.12 Port=$((port + 1)) CPUs=32 RealMemory=256000 Gres=gpu:4"
+    fi
     mkdir -p "$folder"/{state,spool-n1,spool-n2}
-    chmod 755 "$folder"
     touch "$folder"/gpu{0..3}
     [ -s "$folder/munge.key" ] || (umask 077 && head -c 1024 /dev/urandom >"$folder/munge.key")
     echo "NodeName=n[1-2] Name=gpu File=$folder/gpu[0-3]" >"$folder/gres.conf"
@@ -32,7 +73,7 @@ write_configuration() {
     # nodes claim more processors than there are.
     cat >"$folder/slurm.conf" <<CONF
 ClusterName=local
-SlurmctldHost=$host(127.0.0.1)
+SlurmctldHost=$host($address)
 SlurmctldPort=$port
 SlurmUser=$user
 SlurmdUser=$user
@@ -59,8 +100,7 @@ KillWait=10
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 GresTypes=gpu
-NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=32 RealMemory=256000 Gres=gpu:4
-NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=32 RealMemory=256000 Gres=gpu:4
+$lines
 PartitionName=gpu Nodes=n1,n2 Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 PartitionName=urgent Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF
 CONF
@@ -71,26 +111,39 @@ running() { # PIDFILE
 }
 
 start_node() { # NODE
-    running "$folder/slurmd-$1.pid" || slurmd -N "$1"
+    ! running "$folder/slurmd-$1.pid" || return 0
+    if networks; then # not by `ip netns exec`, which hides the cgroups that slurmd looks for
+        # shellcheck disable=SC2016
+        nsenter --net="/run/netns/coda-$1" unshare --uts --mount bash -c \
+            'hostname "$1" && mount --bind "$2" /etc/hosts && exec slurmd -N "$1"' - "$1" "$folder/hosts"
+    else
+        slurmd -N "$1"
+    fi
 }
 
-start() {
-    local program
+start() { # [--networks]
+    local program node
     for program in munged slurmctld slurmd sinfo; do
         command -v "$program" >/dev/null || fail "$program is missing: apt-get install slurm-wlm munge"
     done
     [ ${#folder} -lt 80 ] || fail "$folder is too long for a socket: set CODA_LOCAL_CLUSTER to a shorter path"
+    [ ! -e "$SLURM_CONF" ] || fail "$folder holds a cluster already: $0 status, or stop"
+    mkdir -p "$folder"
+    chmod 755 "$folder"
+    trap 'stop' EXIT # what has started, if the rest does not
+    [ "${1:-}" != --networks ] || start_networks
     write_configuration
     # --force: the folder may stand in one that others may write to, such as /tmp
-    running "$folder/munged.pid" || munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" \
+    munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" \
         --pid-file="$folder/munged.pid" --log-file="$folder/munged.log" --seed-file="$folder/munge.seed" 2>>"$folder/munged.log"
-    running "$folder/slurmctld.pid" || slurmctld
+    slurmctld
     for node in "${nodes[@]}"; do start_node "$node"; done
     for _ in {1..60}; do
         [ "$(sinfo --noheader --format=%D --states=idle --partition=gpu 2>/dev/null)" != 2 ] || break
         sleep 0.5
     done
-    status || fail "the nodes are not ready: see the logs in $folder"
+    status || fail "the nodes are not ready:"$'\n'"$(tail -n 5 "$folder"/*.log)"
+    trap - EXIT
     printf 'ready; now:  export SLURM_CONF=%s\n' "$SLURM_CONF"
 }
 
@@ -101,8 +154,16 @@ status() {
     [ "$(sinfo --noheader --format=%D --states=idle,alloc,mix,comp --partition=gpu | awk '{s += $1} END {print s}')" = 2 ]
 }
 
+of_this_cluster() { # NAME: numbers of the processes called so whose environment names this cluster
+    local process
+    for process in $(pgrep -x "$1"); do
+        ! grep -qsz "^SLURM_CONF=$SLURM_CONF\$" "/proc/$process/environ" || echo "$process"
+    done
+}
+
 stop() {
-    [ -s "$SLURM_CONF" ] || fail "not started"
+    local name process
+    [ -d "$folder" ] || fail "not started"
     if running "$folder/slurmctld.pid"; then
         scancel --user="$(id -un)" || true
         for _ in {1..40}; do
@@ -110,6 +171,10 @@ stop() {
             sleep 0.5
         done
     fi
+    for process in $(of_this_cluster slurmstepd); do # over jobs that would not end
+        pkill -KILL -P "$process" || true
+        kill -KILL "$process" 2>/dev/null || true
+    done
     for name in slurmd-n1 slurmd-n2 slurmctld munged; do
         ! running "$folder/$name.pid" || kill "$(cat "$folder/$name.pid")"
     done
@@ -119,13 +184,21 @@ stop() {
             sleep 0.25
         done
     done
+    ! networks || stop_networks
     rm -rf "$folder"
 }
 
+kill_node() { # NODE: as when its power fails
+    ip netns pids "coda-$1" | xargs --no-run-if-empty kill -KILL
+}
+
 case ${1:-} in
-start) start ;;
+start) start "${2:-}" ;;
 status) status ;;
 stop) stop ;;
-start-node) start_node "${2:?NODE}" ;; # bring a node back that has died
-*) fail "usage: $0 start | status | stop | start-node NODE" ;;
+cut) ip link set "coda-${2:?NODE}" down ;;
+heal) ip link set "coda-${2:?NODE}" up ;;
+kill-node) kill_node "${2:?NODE}" ;;
+start-node) start_node "${2:?NODE}" ;;
+*) fail "usage: $0 start [--networks] | status | stop | cut, heal, kill-node or start-node NODE" ;;
 esac

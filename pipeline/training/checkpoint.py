@@ -91,8 +91,12 @@ class Checkpoints:
 
         together(mark, main_only=True)
 
-    def load_newest(self, engine: "DeepSpeedEngine") -> int:
-        """Restore the newest valid checkpoint and return its number of updates; 0 if there is none.
+    def newest(self) -> Path | None:
+        """Folder of the newest valid checkpoint, None if there is none. Every process must call it; all get the same answer."""
+        return gather_across_ranks(_newest_valid(self.folder) if self.world.is_main else None)[0]
+
+    def load(self, engine: "DeepSpeedEngine", path: Path | None) -> int:
+        """Restore the checkpoint ``path``, if it is not None, and return its number of updates; removes unfinished ones.
 
         Raises:
             UserError: it belongs to another model, or was sharded over another number of processes.
@@ -100,7 +104,6 @@ class Checkpoints:
         if self.world.is_main:
             for leftover in self.folder.glob(".saving-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-        path = gather_across_ranks(_newest_valid(self.folder) if self.world.is_main else None)[0]
         if path is None:
             return 0
         state = _load(path / "model.pt")

@@ -29,6 +29,8 @@ def first_error(folder: Path, world: World, stop: Stop) -> Iterator[None]:
     except Exception as error:
         if stop.asked and not isinstance(error, UserError | OSError):
             stop.leave()
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            error.filename = str(folder)  # a write into an open file says only that the disk is full, not which
         try:
             _write_first(path, world, error)
         except OSError as unwritten:  # such as a full disk, which may be the very error

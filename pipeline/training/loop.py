@@ -88,20 +88,21 @@ class Run:
         self.batches = train_loader(recipe, world, micro_batch)
         self.validation = eval_loader(recipe, world, recipe.evaluation.batch_size)
         self.updates_per_epoch = self.batches.samples // recipe.training.global_batch_size
+        self.lease = Lease(recipe.folder, world.incarnation)
+        self.checkpoints = Checkpoints(recipe.folder / "checkpoints", world, self.batches.classes, self.lease)
+        self.resumed_from = self.checkpoints.newest()
         torch.manual_seed(recipe.seed)  # initialisation, and what a model draws itself (dropout)
-        self.model = build_model(recipe.model, len(self.batches.classes))
+        self.model = build_model(recipe.model, len(self.batches.classes), fresh=self.resumed_from is None)
         self.loss = LOSSES[recipe.training.loss]
         strength = recipe.training.weight_penalty
         self.penalty = DynamicWeightPenalty(self.model, strength, recipe.seed) if strength else None
-        self.lease = Lease(recipe.folder, world.incarnation)
-        self.checkpoints = Checkpoints(recipe.folder / "checkpoints", world, self.batches.classes, self.lease)
         self.updates = 0
 
     def start(self) -> None:
-        """Take over the run folder and continue from its newest valid checkpoint."""
+        """Take over the run folder and continue from the checkpoint that was its newest."""
         together(self.lease.take, main_only=True)
         self.engine = engines.build(self.recipe, self.model, build_optimizer(self.model, self.recipe.training), self.world)
-        self.updates = self.checkpoints.load_newest(self.engine)
+        self.updates = self.checkpoints.load(self.engine, self.resumed_from)
         if self.updates and self.world.is_main:
             print(f"resumed {self.recipe.folder} at update {self.updates} of {self.total_updates}")
 

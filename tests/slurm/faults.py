@@ -1,11 +1,12 @@
 """The fault campaign: a training under Slurm is hit again and again, and must end as if nothing had happened.
 
 ``python tests/slurm/faults.py [--events 60] [--seed 0]`` runs it as root (``make faults``) and prints its table. Every event strikes
-after the attempt has saved something new, at a random update, on a random process; "start-up" strikes before its first update.
+after the attempt has saved something new, at a random update, on a random process or node; "start-up" strikes before its first update.
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -29,6 +30,7 @@ from pipeline.recipe import Recipe
 ONE_PROCESS_A_NODE = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 UPDATES_AN_EPOCH = 11
 UPDATES_BETWEEN = 14  # updates from one event to the next, at most
+UPDATES_AN_EVENT, UPDATES_AT_A_TIME_LIMIT = 30, 300  # that a training may do until an event has ended it
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Training:
     recipe: Recipe
     job: Job
     random: random.Random
-    disk: Path | None = None  # mount point of the small disk that holds the run folder
+    disk: Path  # holds the run folder
 
     @property
     def saved(self) -> int:
@@ -66,78 +68,117 @@ class Training:
         self.job.wait(lambda: len(self.processes()) == 2, "two processes")
         return self.processes()[self.random.randrange(2)]
 
+    def wait_for_saving(self) -> None:
+        checkpoints = self.recipe.folder / "checkpoints"
+        self.job.wait(lambda: any(checkpoints.glob(".saving-*")), "a save", every=0.001)
+
     def signal(self, name: str) -> None:
         self.slurm.run("scancel", f"--signal={name}", self.job.number)
-
-    def wait_for_restart(self, restarts: int) -> None:
-        self.job.wait(lambda: self.job.restarts > restarts, "a requeue", 240)
 
 
 def _parent(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def _descendants(process: int) -> Iterator[int]:
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            child = int(path.name) if _parent(int(path.name)) == process else None
-        except OSError:
-            continue
-        if child:
-            yield child
-            yield from _descendants(child)
+# An event strikes, yields until the attempt is over, and repairs what a person or the machine's owner would repair: nothing of the job.
 
 
-def kill_rank(training: Training) -> None:
+def kill_rank(training: Training) -> Iterator[None]:
     os.kill(training.one(), signal.SIGKILL)
+    yield
 
 
-def kill_slurmstepd(training: Training) -> None:
+def interrupt_rank(training: Training) -> Iterator[None]:
+    """One process ends by itself with an exception; the others learn nothing of it but the loss of their connection."""
+    os.kill(training.one(), signal.SIGINT)
+    yield
+
+
+def kill_slurmstepd(training: Training) -> Iterator[None]:
     """A process and Slurm's daemon over it; without that one alone, the process and its training would simply go on."""
     process = training.one()
     for number in (_parent(process), process):
         os.kill(number, signal.SIGKILL)
+    yield
 
 
-def kill_node(training: Training) -> None:
-    """All of the second node's processes at once, as when its power fails; it comes back when Slurm has noticed."""
-    training.job.wait(lambda: len(training.processes()) == 2, "two processes")
-    task = training.processes()[1]
-    step = _parent(task)
-    daemon = int((training.slurm.folder / "slurmd-n2.pid").read_text())
-    for process in (daemon, step, *_descendants(task), task):
-        os.kill(process, signal.SIGKILL)
-    training.job.wait(lambda: "DOWN" in training.slurm.run("scontrol", "show", "node", "n2"), "a node that is down", 120)
-    training.slurm.cluster("start-node", "n2")
+def kill_node(training: Training) -> Iterator[None]:
+    """All of a node's processes at once, as when its power fails; it comes back when Slurm has noticed."""
+    node = f"n{training.random.randint(1, 2)}"
+    training.slurm.cluster("kill-node", node)
+    yield
+    training.job.wait(lambda: "DOWN" in training.slurm.run("scontrol", "show", "node", node), "a node that is down")
+    training.slurm.cluster("start-node", node)
 
 
-def stop_rank(training: Training) -> None:
+def cut_link(training: Training) -> Iterator[None]:
+    """The network of a node, until Slurm has given it up."""
+    node = f"n{training.random.randint(1, 2)}"
+    training.slurm.cluster("cut", node)
+    try:
+        yield
+        training.job.wait(lambda: "DOWN" in training.slurm.run("scontrol", "show", "node", node), "a node that is down")
+    finally:
+        training.slurm.cluster("heal", node)
+
+
+def stop_rank(training: Training) -> Iterator[None]:
+    """Both processes must say where they stood: the one that waits in vain at once, the stopped one when Slurm wakes it to end it."""
+    attempt = training.job.restarts
     os.kill(training.one(), signal.SIGSTOP)
+    yield
+    for rank in range(2):
+        stacks = training.recipe.folder / "stacks" / f"slurm-{training.job.number}.{attempt}-rank-{rank}.txt"
+        assert "most recent call first" in stacks.read_text(), stacks
 
 
-def ask_by_usr1(training: Training) -> None:
+def ask_by_usr1(training: Training) -> Iterator[None]:
     training.signal("USR1")
+    yield
 
 
-def ask_by_term(training: Training) -> None:
+def ask_by_term(training: Training) -> Iterator[None]:
     training.signal("TERM")
+    yield
 
 
-def preempt(training: Training) -> None:
+def ask_during_save(training: Training) -> Iterator[None]:
+    process = training.one()
+    training.wait_for_saving()
+    os.kill(process, signal.SIGUSR1)
+    yield
+
+
+def ask_during_evaluation(training: Training) -> Iterator[None]:
+    """Right after the checkpoint of an epoch, which the evaluation follows."""
+    process, saved = training.one(), training.saved
+    training.job.wait(lambda: training.saved > saved and not training.saved % UPDATES_AN_EPOCH, "an epoch's end", every=0.001)
+    os.kill(process, signal.SIGUSR1)
+    yield
+
+
+def reach_time_limit(training: Training) -> Iterator[None]:
+    """Slurm itself asks, by the script's --signal=USR1@300."""
+    training.slurm.run("scontrol", "update", f"JobId={training.job.number}", "TimeLimit=5")
+    yield
+    training.slurm.run("scontrol", "update", f"JobId={training.job.number}", "TimeLimit=1440")
+
+
+def preempt(training: Training) -> Iterator[None]:
     job = training.slurm.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
+    yield
     job.wait_for_end()
 
 
-def kill_during_save(training: Training) -> None:
-    checkpoints = training.recipe.folder / "checkpoints"
+def kill_during_save(training: Training) -> Iterator[None]:
     process = training.one()
-    training.job.wait(lambda: any(checkpoints.glob(".saving-*")), "a save", every=0.001)
+    training.wait_for_saving()
     os.kill(process, signal.SIGKILL)
+    yield
 
 
-def fill_disk(training: Training) -> None:
-    assert training.disk
-    filler, restarts = training.disk / "filler", training.job.restarts
+def fill_disk(training: Training) -> Iterator[None]:
+    filler = training.disk / "filler"
     with filler.open("wb", buffering=0) as file:
         for size in (1 << 16, 1 << 10, 1):
             try:
@@ -145,23 +186,29 @@ def fill_disk(training: Training) -> None:
                     file.write(bytes(size))
             except OSError:
                 continue
-    ended = f"attempt {restarts} ended with"
-    training.job.wait(lambda: ended in training.job.log, "the end of the attempt", 120)
+    yield
     filler.unlink()
 
 
-EVENTS: dict[str, Callable[[Training], None]] = {
+EVENTS: dict[str, Callable[[Training], Iterator[None]]] = {
     "SIGKILL of a process": kill_rank,
+    "exception in a process": interrupt_rank,
     "SIGKILL of slurmstepd": kill_slurmstepd,
     "SIGKILL of a node": kill_node,
+    "link cut": cut_link,
     "SIGSTOP of a process": stop_rank,
-    "USR1 (time limit)": ask_by_usr1,
+    "USR1": ask_by_usr1,
     "USR1 in start-up": ask_by_usr1,
+    "USR1 during a save": ask_during_save,
+    "USR1 in an evaluation": ask_during_evaluation,
     "TERM": ask_by_term,
+    "time limit": reach_time_limit,
     "preemption": preempt,
     "SIGKILL during a save": kill_during_save,
     "full disk": fill_disk,
 }
+STRIKES_NODES = {"SIGKILL of a node", "link cut", "preemption"}  # and so all jobs
+ENDS_WITHIN = {"SIGKILL of a process": 15, "exception in a process": 15, "SIGKILL during a save": 15}  # seconds
 
 
 @contextmanager
@@ -175,7 +222,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def start(slurm: LocalSlurm, recipe: Recipe, generator: random.Random, disk: Path | None = None) -> Training:
+def start(slurm: LocalSlurm, recipe: Recipe, generator: random.Random, disk: Path) -> Training:
     path = slurm.submit_folder / f"{recipe.name}.yaml"
     path.write_text(yaml.safe_dump(recipe.to_dict()))
     slurm.environment["CODA_TIMEOUT_SECONDS"] = "20"
@@ -183,20 +230,21 @@ def start(slurm: LocalSlurm, recipe: Recipe, generator: random.Random, disk: Pat
     return Training(slurm, recipe, job, generator, disk)
 
 
-def strike(training: Training, name: str) -> float:
-    """Let one event happen, wait for the requeue, and return the seconds until the next attempt has begun its work."""
+def strike(training: Training, name: str) -> tuple[float, float]:
+    """Let one event happen; seconds from it to the end of all processes of the attempt, and to those of the next."""
     job, restarts = training.job, training.job.restarts
     if name.endswith("in start-up"):
         job.wait(lambda: len(training.processes()) == 2, "two processes")
     else:
-        fruit = training.saved
-        target = fruit + training.random.randint(1, UPDATES_BETWEEN)
+        target = training.saved + training.random.randint(1, UPDATES_BETWEEN)
         job.wait(lambda: training.saved >= target, f"a checkpoint at update {target}", every=0.01)
-    struck = time.monotonic()
-    EVENTS[name](training)
-    training.wait_for_restart(restarts)
+    with contextmanager(EVENTS[name])(training):
+        struck = time.monotonic()
+        job.wait(lambda: not training.processes(), "the end of all processes", every=0.1)
+        ended = time.monotonic() - struck
+    job.wait(lambda: job.restarts > restarts, "a requeue")
     job.wait(lambda: len(training.processes()) == 2, "processes of the next attempt")
-    return time.monotonic() - struck
+    return ended, time.monotonic() - struck
 
 
 def weights(recipe: Recipe) -> bytes:
@@ -219,30 +267,38 @@ def tracked(recipe: Recipe) -> list[tuple[str, int, float]]:
     return sorted((name, point.step, point.value) for name in names for point in client.get_metric_history(run.info.run_id, name))
 
 
-def campaign(slurm: LocalSlurm, recipe_of: Callable[..., Recipe], names: list[str], seed: int) -> list[tuple[str, int, float]]:
-    """One training under the events ``names`` and one without; (event, update, seconds to the next attempt) of each event.
+def campaign(slurm: LocalSlurm, recipe_of: Callable[..., Recipe], names: list[str], seed: int) -> list[tuple[str, float, float]]:
+    """One training under the events ``names`` and one without; (event, seconds to its end, seconds to the next attempt) of each.
 
     Raises:
         AssertionError: the two do not end with the same weights and metrics, or one does not end.
     """
     folder = slurm.submit_folder
-    epochs = max(2, -(-len(names) * (UPDATES_BETWEEN + 10) // UPDATES_AN_EPOCH))
-    common = dict(tracking__uri=f"sqlite:///{folder / 'mlflow.db'}", training__epochs=epochs, training__checkpoint_every_updates=3)
+    updates = sum(UPDATES_AT_A_TIME_LIMIT if name == "time limit" else UPDATES_AN_EVENT for name in names)
     table = []
+
+    def begin(name: str, disk: Path) -> Training:
+        changes = dict(training__epochs=-(-updates // UPDATES_AN_EPOCH), training__checkpoint_every_updates=3)
+        recipe = recipe_of(name=name, runs=str(disk / "runs"), tracking__uri=f"sqlite:///{folder / name}.db", **changes)
+        return start(slurm, recipe, random.Random(seed), disk)
+
     with small_disk(folder / "disk") if "full disk" in names else nullcontext(folder) as disk:
-        whole = start(slurm, recipe_of(name="whole", runs=str(folder / "runs"), **common), random.Random(seed))
-        whole.job.wait_for_end(900)
-        assert whole.job.state == "COMPLETED", whole.job.reports()
-        training = start(slurm, recipe_of(name="struck", runs=str(disk / "runs"), **common), random.Random(seed), disk)
+        whole = begin("whole", folder)
+        if STRIKES_NODES & set(names):
+            whole.job.wait_for_end(1800)
+        training = begin("struck", disk)
         for name in tqdm(names, desc="faults"):
-            seconds = strike(training, name)
-            table.append((name, training.saved, seconds))
-            tqdm.write(f"{name}: requeued after update {training.saved}, next attempt {seconds:.0f} s later")
-        training.job.wait_for_end(900)
-        assert training.job.state == "COMPLETED", training.job.reports()
-        assert training.job.restarts >= len(names)
+            ended, resumed = strike(training, name)
+            table.append((name, ended, resumed))
+            tqdm.write(f"{name}: ended after {ended:.1f} s, next attempt after {resumed:.0f} s, saved update {training.saved}")
+        for job in (whole.job, training.job):
+            job.wait_for_end(1800)
+            assert job.state == "COMPLETED", job.reports()
         assert weights(whole.recipe) == weights(training.recipe), "other weights"
         assert metrics(whole.recipe) == metrics(training.recipe) == tracked(training.recipe), "other metrics"
+    assert training.job.restarts >= len(names)
+    late = [row for row in table if row[1] > ENDS_WITHIN.get(row[0], math.inf)]
+    assert not late, f"ended too late: {late}"
     return table
 
 
@@ -260,13 +316,14 @@ def main() -> None:
         def recipe_of(**changes: object) -> Recipe:
             return small_recipe(prepared, model__name="coda_resnet20", model__args={"rank": 2}, **changes)
 
-        with LocalSlurm(Path(folder)) as slurm:
+        with LocalSlurm(Path(folder), networks=True) as slurm:
             table = campaign(slurm, recipe_of, names[: options.events], options.seed)
-    print("| event | times | seconds to the next attempt, longest |\n|---|---|---|")
+    print("| event | times | longest until all processes have ended, s | longest until those of the next attempt run, s |")
+    print("|---|---|---|---|")
     for name in EVENTS:
-        seconds = [row[2] for row in table if row[0] == name]
-        if seconds:
-            print(f"| {name} | {len(seconds)} | {max(seconds):.0f} |")
+        rows = [row for row in table if row[0] == name]
+        if rows:
+            print(f"| {name} | {len(rows)} | {max(row[1] for row in rows):.1f} | {max(row[2] for row in rows):.0f} |")
     print(f"{len(table)} events: weights bitwise equal to the uninterrupted run's, every metric once")
 
 

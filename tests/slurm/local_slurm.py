@@ -17,10 +17,11 @@ MISSING = [name for name in ("munged", "slurmctld", "slurmd", "srun") if not shu
 class LocalSlurm:
     """The cluster in ``folder``, which must have a short path; ``with LocalSlurm(folder) as slurm`` starts and stops it.
 
-    Jobs are submitted from ``folder``/submit, which stands for the project's root.
+    Jobs are submitted from ``folder``/submit, which stands for the project's root. With ``networks`` each node has its own.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, networks: bool = False) -> None:
+        self.options = ["--networks"] if networks else []
         self.submit_folder = folder / "submit"
         self.submit_folder.mkdir(parents=True)
         for name in ("slurm", "recipes"):
@@ -39,11 +40,12 @@ class LocalSlurm:
         }
 
     def __enter__(self) -> "LocalSlurm":
-        self.cluster("start")
+        self.cluster("start", *self.options)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.cluster("stop")
+        if self.folder.exists():  # a test may have stopped it
+            self.cluster("stop")
 
     def cluster(self, *words: str) -> str:
         return self.run(str(ROOT / "slurm" / "local_cluster.sh"), *words)

@@ -7,9 +7,11 @@ import resource
 import socket
 
 import pytest
+import timm
 import torch
 import torch.multiprocessing as mp
 from recipes_for_tests import small_recipe
+from safetensors.torch import save_file
 
 from pipeline.distributed import process_group
 from pipeline.errors import UserError
@@ -52,6 +54,15 @@ def _resumed_equals_uninterrupted(rank, size, port, folder, runs, stage):
         assert parted.updates == 2
         updates(parted, 3)
         assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(parted), strict=True))
+
+
+def again(run):
+    """The same training, started once more."""
+    from pipeline.training.loop import Run
+
+    other = Run(run.recipe, run.world)
+    other.start()
+    return other
 
 
 def run_on_two(function, *arguments):
@@ -111,16 +122,31 @@ def test_a_damaged_checkpoint_is_skipped_with_a_message(saved, capsys):
     newest = saved.checkpoints.folder / "update-2" / "model.pt"
     content = newest.read_bytes()
     newest.write_bytes(content[:-1] + b"!")
-    saved.start()
-    assert saved.updates == 1
+    assert again(saved).updates == 1
     assert "update-2 is damaged and skipped" in capsys.readouterr().err
+
+
+def test_weights_that_a_training_began_with_are_needed_only_once(prepared, tmp_path):
+    source = tmp_path / "backbone.safetensors"
+    save_file(timm.create_model("resnet18").state_dict(), source)
+    changes = dict(runs=str(tmp_path), model__name="coda_resnet18", model__args={"pretrained_backbone": str(source)})
+    with process_group() as world:
+        run = build(prepared, world, **changes)
+        updates(run, 1)
+        run.checkpoints.save(run.engine, run.updates)
+        source.unlink()
+        resumed = again(run)
+        assert resumed.updates == 1
+        assert all(torch.equal(a, b) for a, b in zip(weights(run), weights(resumed), strict=True))
+        (run.checkpoints.folder / "update-1" / "model.pt").unlink()  # without a valid checkpoint it begins anew
+        with pytest.raises(UserError, match="cannot be read"):
+            again(run)
 
 
 def test_an_unfinished_checkpoint_is_removed(saved):
     leftover = saved.checkpoints.folder / ".saving-3"
     leftover.mkdir()
-    saved.start()
-    assert saved.updates == 2 and not leftover.exists()
+    assert again(saved).updates == 2 and not leftover.exists()
 
 
 def test_only_the_newest_are_kept(saved):
@@ -200,7 +226,7 @@ def test_loading_runs_no_code(saved, tmp_path):
     files = {name: [(path / name).stat().st_size, _sha256(path / name)] for name in ("model.pt", "rank-0.pt")}
     (path / "manifest.json").write_text(json.dumps(files))
     with pytest.raises(UserError, match="not loaded"):
-        saved.start()
+        again(saved)
     assert not (tmp_path / "harm").exists()
 
 
