@@ -15,7 +15,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)  # no room on the disk, or none left in a qu
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0; with one line on stderr 2 for a mistake of the user or a failure of a disk, 130 for Ctrl-C."""
+    """Run one command; returns the exit code: 0; with one line on stderr 2 for a user's mistake or a disk's failure, 130 for Ctrl-C."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]:

@@ -7,6 +7,7 @@ own checkpoints overwrite in place, name the latest before all ranks have writte
 """
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -209,8 +210,10 @@ def _set_random_state(states: list[torch.Tensor], world: World) -> None:
 
 
 def _store(state: dict[str, Any], path: Path) -> None:
-    with path.open("wb") as file:  # given a path instead, torch reports a full disk as a failed internal check
-        torch.save(state, file)
+    content = io.BytesIO()  # given the file itself, torch reports a full disk as a failed internal check
+    torch.save(state, content)
+    with path.open("wb") as file:
+        file.write(content.getbuffer())
         file.flush()
         os.fsync(file.fileno())
 

@@ -11,10 +11,11 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -267,8 +268,13 @@ def tracked(recipe: Recipe) -> list[tuple[str, int, float]]:
     return sorted((name, point.step, point.value) for name in names for point in client.get_metric_history(run.info.run_id, name))
 
 
-def campaign(slurm: LocalSlurm, recipe_of: Callable[..., Recipe], names: list[str], seed: int) -> list[tuple[str, float, float]]:
-    """One training under the events ``names`` and one without; (event, seconds to its end, seconds to the next attempt) of each.
+def campaign(
+    slurm: LocalSlurm, recipe_of: Callable[..., Recipe], names: list[str], seed: int, disk: Path
+) -> list[tuple[str, float, float]]:
+    """One training under the events ``names``, with its run on ``disk``, and one without.
+
+    Returns:
+        (event, seconds to the end of the attempt, seconds to the next one) of each event.
 
     Raises:
         AssertionError: the two do not end with the same weights and metrics, or one does not end.
@@ -282,20 +288,19 @@ def campaign(slurm: LocalSlurm, recipe_of: Callable[..., Recipe], names: list[st
         recipe = recipe_of(name=name, runs=str(disk / "runs"), tracking__uri=f"sqlite:///{folder / name}.db", **changes)
         return start(slurm, recipe, random.Random(seed), disk)
 
-    with small_disk(folder / "disk") if "full disk" in names else nullcontext(folder) as disk:
-        whole = begin("whole", folder)
-        if STRIKES_NODES & set(names):
-            whole.job.wait_for_end(1800)
-        training = begin("struck", disk)
-        for name in tqdm(names, desc="faults"):
-            ended, resumed = strike(training, name)
-            table.append((name, ended, resumed))
-            tqdm.write(f"{name}: ended after {ended:.1f} s, next attempt after {resumed:.0f} s, saved update {training.saved}")
-        for job in (whole.job, training.job):
-            job.wait_for_end(1800)
-            assert job.state == "COMPLETED", job.reports()
-        assert weights(whole.recipe) == weights(training.recipe), "other weights"
-        assert metrics(whole.recipe) == metrics(training.recipe) == tracked(training.recipe), "other metrics"
+    whole = begin("whole", folder)
+    if STRIKES_NODES & set(names):
+        whole.job.wait_for_end(1800)
+    training = begin("struck", disk)
+    for name in tqdm(names, desc="faults"):
+        ended, resumed = strike(training, name)
+        table.append((name, ended, resumed))
+        tqdm.write(f"{name}: ended after {ended:.1f} s, next attempt after {resumed:.0f} s, saved update {training.saved}")
+    for job in (whole.job, training.job):
+        job.wait_for_end(1800)
+        assert job.state == "COMPLETED", job.reports()
+    assert weights(whole.recipe) == weights(training.recipe), "other weights"
+    assert metrics(whole.recipe) == metrics(training.recipe) == tracked(training.recipe), "other metrics"
     assert training.job.restarts >= len(names)
     late = [row for row in table if row[1] > ENDS_WITHIN.get(row[0], math.inf)]
     assert not late, f"ended too late: {late}"
@@ -307,6 +312,7 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the cluster, too
     generator = random.Random(options.seed)
     names = [name for _ in range(-(-options.events // len(EVENTS))) for name in generator.sample(list(EVENTS), len(EVENTS))]
     with tempfile.TemporaryDirectory(prefix="coda-faults-") as folder:
@@ -316,8 +322,9 @@ def main() -> None:
         def recipe_of(**changes: object) -> Recipe:
             return small_recipe(prepared, model__name="coda_resnet20", model__args={"rank": 2}, **changes)
 
-        with LocalSlurm(Path(folder), networks=True) as slurm:
-            table = campaign(slurm, recipe_of, names[: options.events], options.seed)
+        # The disk comes first: a node with a network of its own also has the mounts of its start.
+        with small_disk(Path(folder) / "disk") as disk, LocalSlurm(Path(folder), networks=True) as slurm:
+            table = campaign(slurm, recipe_of, names[: options.events], options.seed, disk)
     print("| event | times | longest until all processes have ended, s | longest until those of the next attempt run, s |")
     print("|---|---|---|---|")
     for name in EVENTS:

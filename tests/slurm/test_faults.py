@@ -8,8 +8,8 @@ from recipes_for_tests import small_recipe
 
 @pytest.mark.slurm
 @pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not found: apt-get install slurm-wlm munge")
-def test_killed_it_ends_as_if_nothing_had_happened(prepared, slurm):
+def test_killed_it_ends_as_if_nothing_had_happened(prepared, slurm, tmp_path):
     def recipe_of(**changes):
         return small_recipe(prepared, model__name="coda_resnet20", model__args={"rank": 2}, **changes)
 
-    assert len(campaign(slurm, recipe_of, ["SIGKILL of a process"], seed=0)) == 1
+    assert len(campaign(slurm, recipe_of, ["SIGKILL of a process"], seed=0, disk=tmp_path)) == 1
