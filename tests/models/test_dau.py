@@ -115,6 +115,19 @@ def test_edges_are_finite(norm, rank, scale, what):
 
 
 @pytest.mark.parametrize("norm", ["sq", "l2", "wb"])
+@pytest.mark.parametrize("rank", [2, 70])
+def test_zero_input_or_zero_weights_give_zero(norm, rank):
+    layer, x = make(norm, rank=rank), torch.rand(2, 3, 6, 6, dtype=torch.float64)
+    y, _, *of_parameters = outputs_and_gradients(layer, layer, torch.zeros_like(x))
+    assert not y.any() and not any(gradient.any() for gradient in of_parameters)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    y, of_x, *_ = outputs_and_gradients(layer, layer, x)
+    assert not y.any() and not of_x.any()
+
+
+@pytest.mark.parametrize("norm", ["sq", "l2", "wb"])
 @pytest.mark.parametrize("rank", [2, 20])
 def test_explanation_mode_is_the_linear_map_of_the_dynamic_weights(norm, rank):
     layer = make(norm, rank=rank)
@@ -136,6 +149,24 @@ def test_bf16_autocast_computes_in_the_precision_of_the_parameters():
         torch.testing.assert_close(layer(x), layer(x), rtol=0, atol=0)
         assert layer(x.bfloat16()).dtype == torch.float32
         torch.testing.assert_close(layer(x.bfloat16()), layer(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("rank", [2, 40])
+@pytest.mark.parametrize("norm", ["sq", "l2", "wb"])
+def test_saved_for_backward_is_input_projection_and_outputs(norm, rank):
+    layer, x = make(norm, rank=rank, inputs=8, units=6), torch.rand(2, 8, 10, 9, dtype=torch.float64, requires_grad=True)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    saved = {}
+
+    def keep(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no other tensor gets its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = layer(x)
+    numbers = sum(tensor.untyped_storage().nbytes() // 8 for pointer, tensor in saved.items() if pointer not in parameters)
+    positions = y[:, 0].numel()
+    assert numbers <= positions * (8 * 9 + rank + 8 * 6) and numbers < positions * 8 * 9 * 6 / 2
 
 
 def test_nothing_of_the_size_of_all_dynamic_weights_is_allocated():
