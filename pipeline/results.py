@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.data.load import EpochLoader, eval_loader, unit_range
 from pipeline.distributed import World, barrier, gather_across_ranks
@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate import Evaluation, evaluate, tasks
 from pipeline.export import find_export, load_export
 from pipeline.files import write_atomically
-from pipeline.interpret.explain import exact_layers, explainable_layers, layer_contributions
+from pipeline.interpret.explain import exact_layers, explainable_layers, explanation_mode, layer_contributions
 from pipeline.interpret.figures import alignment_figure, depth_figure, localisation_figure, removal_figure
 from pipeline.interpret.methods import METHODS, at_input_size, attribution_maps, check_method, own_place
 from pipeline.interpret.plots import contribution_sheet, depth_curves
@@ -28,6 +28,7 @@ from pipeline.tracking import Tracker
 
 EVALUATION = "evaluation.json"
 TABLES, PICTURES, STORE = "tables", "pictures", "results"
+SHEET = "contributions.png"  # of the pictures: contribution maps of a few images
 PICTURED_IMAGES = 6
 COLUMNS = {  # of the table: metric name -> title
     "val/top1": "top-1",
@@ -96,6 +97,7 @@ def track(tracker: Tracker, recipe: Recipe, folder: Path, result: Evaluation) ->
     tracker.artifact(folder / EVALUATION)
     for path in pictures(folder):
         tracker.artifact(path, PICTURES)
+    tracker.image(folder / PICTURES / SHEET, Path(SHEET).stem, step=epoch)
     for path in sorted((folder / TABLES).glob("*.csv")):
         tracker.artifact(path, TABLES)
 
@@ -128,22 +130,35 @@ def _write_tables(name: str, result: Evaluation, folder: Path) -> None:
         write_atomically(folder / f"{metric}.csv", text.getvalue().encode())
 
 
-def _draw(model: nn.Module, recipe: Recipe, world: World, loader: EpochLoader, result: Evaluation, folder: Path) -> None:
-    samples = torch.linspace(0, loader.samples - 1, PICTURED_IMAGES).long().unique()
-    with loader.select(samples.numpy()) as batches:
-        images = unit_range(torch.cat([batch.images for batch in batches]), world.device)
-    with torch.no_grad():
-        probabilities, targets = model(images).sigmoid().max(1)
+def draw_contributions(model: nn.Module, world: World, loader: EpochLoader, path: Path) -> None:
+    """A sheet of the same few validation images at any time: contributions to their strongest class, at the input and the junction."""
+    images, targets, titles = _pictured(model, world, loader)
     layers = explainable_layers(model, images[:1])
     junction = exact_layers(model, layers)[-1]
     encoded = layer_contributions(model, images, targets[:, None], [None])[None][:, 0]  # (B, 3 or 6, H, W)
     columns = {"colours of the input": encoded} if encoded.shape[1] == 6 else {}
     at_junction = attribution_maps("contributions", model, images, targets[:, None], [junction.name])[junction.name][:, 0]
     columns |= {"at the input": encoded.sum(1), f"at {junction.name or 'input'}": at_junction}
-    names = [f"{loader.classes[c]}: p = {p:.2f}" for c, p in zip(targets.tolist(), probabilities.tolist(), strict=True)]
     maps = [column.cpu() for column in columns.values()]
-    contribution_sheet(images.cpu(), maps, list(columns), folder / "contributions.png", row_titles=names)
+    contribution_sheet(images.cpu(), maps, list(columns), path, row_titles=titles)
+
+
+def _pictured(model: nn.Module, world: World, loader: EpochLoader) -> tuple[Tensor, Tensor, list[str]]:
+    """The pictured images (B, 3, H, W), their strongest classes (B,), and a title for each."""
+    samples = torch.linspace(0, loader.samples - 1, PICTURED_IMAGES).long().unique()
+    with loader.select(samples.numpy()) as batches:
+        images = unit_range(torch.cat([batch.images for batch in batches]), world.device)
+    with torch.no_grad(), explanation_mode(model):
+        probabilities, targets = model(images).sigmoid().max(1)
+    titles = [f"{loader.classes[c]}: p = {p:.2f}" for c, p in zip(targets.tolist(), probabilities.tolist(), strict=True)]
+    return images, targets, titles
+
+
+def _draw(model: nn.Module, recipe: Recipe, world: World, loader: EpochLoader, result: Evaluation, folder: Path) -> None:
+    draw_contributions(model, world, loader, folder / SHEET)
     if len(recipe.evaluation.methods) > 1:
+        images, targets, names = _pictured(model, world, loader)
+        layers = explainable_layers(model, images[:1])
         maps = []
         for method in recipe.evaluation.methods:
             place = own_place(method, layers).name

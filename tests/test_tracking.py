@@ -243,6 +243,33 @@ def test_parameter_that_changed_since_the_first_start_becomes_a_tag(store, tmp_p
     assert run.data.params["training.epochs"] == "2" and run.data.tags["training.epochs"] == "9"
 
 
+def test_images_have_steps_and_are_there_once_even_when_sent_again(store, tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "run"
+    recipe = make_recipe(folder, store)
+    Image.new("RGB", (600, 300), "red").save(folder / "sheet.png")
+    with open_tracker(recipe, folder, World()) as tracker:
+        for step in (1, 2, 2):
+            tracker.image(folder / "sheet.png", "contributions", step)
+        assert tracker.flush()
+    assert [(line["key"], line["step"], line["value"]) for line in journal(folder, "image")] == [
+        ("contributions", 1, "sheet.png"),
+        ("contributions", 2, "sheet.png"),
+    ]
+    client, run = mlflow_client(store), (folder / "run_id").read_text()
+    sent = sorted(item.path for item in client.list_artifacts(run, "images"))
+    assert len(sent) == 4
+    for step in (1, 2):
+        names = [name for name in sent if name.startswith(f"images/contributions+step+{step}+timestamp+")]
+        assert [Path(name).suffix for name in names] == [".webp", ".png"]
+        assert max(Image.open(client.download_artifacts(run, names[0])).size) <= 256
+    assert client.get_run(run).data.tags["mlflow.loggedImages"] == "True"
+    (folder / "journal.offset").write_text("0")  # as if no acknowledgement had arrived
+    assert sync(folder)
+    assert sorted(item.path for item in client.list_artifacts(run, "images")) == sent
+
+
 def test_missing_artifact_does_not_hold_up_the_rest(store, tmp_path, caplog):
     folder = tmp_path / "run"
     with open_tracker(make_recipe(folder, store), folder, World()) as tracker:

@@ -91,6 +91,9 @@ class Tracker:
     def artifact(self, path: Path, folder: str = "") -> None:
         """Have the file at ``path`` copied into ``folder`` of the run's artifacts, as it is when its turn comes."""
 
+    def image(self, path: Path, name: str, step: int) -> None:
+        """Have the PNG file at ``path`` shown under ``name`` at ``step``: MLflow has a slider over the steps of a name."""
+
     def sync_to_disk(self) -> None:
         """Return once the journal is on the disk. Called before a checkpoint, it keeps the journal from being behind."""
 
@@ -195,9 +198,16 @@ class _JournalTracker(Tracker):
         self._journal.append("tag", {key: text[:_VALUE_LENGTH] for key, text in values.items() if known.get(key) != text})
 
     def artifact(self, path: Path, folder: str = "") -> None:
+        self._journal.append("artifact", {self._stored_path(path): folder})
+
+    def image(self, path: Path, name: str, step: int) -> None:
+        if (name, step) not in self._journal.known["image"]:
+            self._journal.append("image", {name: self._stored_path(path)}, step=step)
+
+    def _stored_path(self, path: Path) -> str:
+        """Relative to the run's folder where it lies inside, since that may be moved."""
         path = Path(path).resolve()
-        inside = path.is_relative_to(self._folder)
-        self._journal.append("artifact", {str(path.relative_to(self._folder) if inside else path): folder})
+        return str(path.relative_to(self._folder) if path.is_relative_to(self._folder) else path)
 
     def sync_to_disk(self) -> None:
         self._journal.sync_to_disk()

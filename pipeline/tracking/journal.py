@@ -5,7 +5,10 @@ import json
 import logging
 import os
 import re
+import shutil
+import tempfile
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +26,8 @@ JOURNAL = "journal.jsonl"  # its name in the run folder
 URI = re.compile(r"sqlite:///(?P<file>.+)|(https?|(postgresql|mysql|mssql)(\+\w+)?)://[^/]+.*")
 RUN_KEY = "coda.run_key"  # tag by which a run is found that was created just before this process died
 _KEY = re.compile(r"(?=.{1,250}$)\w[\w.\- :]*(/\w[\w.\- :]*)*")  # the names MLflow takes
-_LIMITS = {"metric": 1000, "param": 100, "tag": 100, "artifact": 1, "status": 1}  # lines that MLflow takes at once
+THUMBNAIL = 256  # pixels of the pictures that MLflow's overview of a run shows
+_LIMITS = {"metric": 1000, "param": 100, "tag": 100, "artifact": 1, "image": 1, "status": 1}  # lines that MLflow takes at once
 
 
 class Journal:
@@ -64,7 +68,7 @@ class Journal:
         self._file.close()
 
     def _remember(self, record: dict[str, Any]) -> None:
-        key = (record["key"], record["step"]) if record["kind"] == "metric" else record["key"]
+        key = (record["key"], record["step"]) if record["kind"] in ("metric", "image") else record["key"]
         self.known[record["kind"]][key] = record["value"]
 
 
@@ -132,10 +136,27 @@ class Sender:
             client.update_run(run, "RUNNING")
         elif kind == "status":
             client.set_terminated(run, first["value"], first["timestamp"])
-        elif (path := self._folder / first["key"]).is_file():
+        elif not (path := self._folder / first["value" if kind == "image" else "key"]).is_file():
+            log.warning("%s is gone and stays out of MLflow's artifacts", path)
+        elif kind == "artifact":
             client.log_artifact(run, str(path), first["value"] or None)
         else:
-            log.warning("%s is gone and stays out of MLflow's artifacts", path)
+            _deliver_image(client, run, path, first)
+
+
+def _deliver_image(client: "MlflowClient", run: str, path: Path, record: dict[str, Any]) -> None:
+    """What ``log_image`` of MLflow does, but under names that are the same when it is sent again: nothing is there twice."""
+    from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
+    from PIL import Image
+
+    key, step, timestamp = record["key"], record["step"], record["timestamp"]
+    name = f"{key}+step+{step}+timestamp+{timestamp}+{uuid.uuid5(uuid.NAMESPACE_OID, f'{run} {key} {step}')}"
+    with tempfile.TemporaryDirectory() as folder, Image.open(path) as image:
+        shutil.copyfile(path, Path(folder, f"{name}.png"))
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        image.save(Path(folder, f"{name}+compressed.webp"))
+        client.log_artifacts(run, folder, "images")
+    client.set_tag(run, MLFLOW_LOGGED_IMAGES, "True")
 
 
 def mlflow_client(uri: str) -> "MlflowClient":

@@ -18,7 +18,7 @@ from pipeline.evaluate import evaluate
 from pipeline.export import FOLDER, export
 from pipeline.files import write_atomically
 from pipeline.recipe import STORED, Recipe, load_stored
-from pipeline.results import conclude, track
+from pipeline.results import PICTURES, SHEET, conclude, draw_contributions, track
 from pipeline.tracking import Tracker, open_tracker
 from pipeline.training import engine as engines
 from pipeline.training.checkpoint import Checkpoints
@@ -191,6 +191,10 @@ class Run:
         with self.stop.at_once():
             values = evaluate(self.engine.module, self.recipe, self.validation, self.world, evaluation.metrics).values
         self.tracker.metrics(values, step=epoch)
+        if self.world.is_main:
+            sheet = self.recipe.folder / PICTURES / f"epoch-{epoch:04}" / SHEET
+            draw_contributions(self.engine.module, self.world, self.validation, sheet)
+            self.tracker.image(sheet, sheet.stem, step=epoch)
         if SELECTED_BY in values:
             self.checkpoints.mark_best(self.updates, values[SELECTED_BY])
         self.watchdog.beat()

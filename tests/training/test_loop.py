@@ -99,6 +99,15 @@ def test_bf16_autocast_keeps_fp32_parameters_and_learns(prepared, tmp_path):
     assert curve[-1] < 0.8 * curve[0]
 
 
+def test_every_evaluation_leaves_a_sheet_of_the_same_images(prepared, tmp_path):
+    recipe = small_recipe(prepared, name="sheets", runs=str(tmp_path), training__epochs=3)
+    with process_group() as world:
+        train(recipe, world)
+    lines = map(json.loads, (recipe.folder / "journal.jsonl").read_text().splitlines())
+    sheets = [(line["step"], recipe.folder / line["value"]) for line in lines if line["kind"] == "image"]
+    assert [step for step, _ in sheets] == [1, 2, 3] and all(sheet.is_file() for _, sheet in sheets)
+
+
 def test_a_run_folder_belongs_to_one_recipe(prepared, tmp_path):
     recipe = small_recipe(prepared, runs=str(tmp_path), training__epochs=1)
     with process_group() as world:
