@@ -69,8 +69,8 @@ NodeName=n2 NodeAddr=$network.12 Port=$((port + 1)) CPUs=32 RealMemory=256000 Gr
     touch "$folder"/gpu{0..3}
     [ -s "$folder/munge.key" ] || (umask 077 && head -c 1024 /dev/urandom >"$folder/munge.key")
     echo "NodeName=n[1-2] Name=gpu File=$folder/gpu[0-3]" >"$folder/gres.conf"
-    # cred_expire: a requeued job may start that many seconds later (Slurm's default means 121). config_overrides: the
-    # nodes claim more processors than there are.
+    # cred_expire: a requeued job may start that many seconds later (Slurm's default means 121). MinJobAge: an ended job is shown
+    # for a day. config_overrides: the nodes claim more processors than there are.
     cat >"$folder/slurm.conf" <<CONF
 ClusterName=local
 SlurmctldHost=$host($address)
@@ -95,6 +95,7 @@ SchedulerParameters=bf_interval=3,sched_interval=3
 MpiDefault=none
 ReturnToService=2
 SlurmctldTimeout=30
+MinJobAge=86400
 SlurmdTimeout=20
 KillWait=10
 PreemptType=preempt/partition_prio
