@@ -20,7 +20,7 @@ MAY_IMPORT = {  # room -> what it may import of the pipeline
     "models": {"models"},
     "interpret": {"interpret", "models", "errors", "distributed", "files"},
     "data": {"data", "errors", "recipe", "distributed", "files"},
-    "tracking": {"tracking", "errors", "recipe", "distributed", "files"},
+    "tracking": {"tracking", "errors", "recipe", "distributed", "files", "export", "interpret"},  # the last two for its pyfunc model
 }
 
 

@@ -94,6 +94,9 @@ class Tracker:
     def image(self, path: Path, name: str, step: int) -> None:
         """Have the PNG file at ``path`` shown under ``name`` at ``step``: MLflow has a slider over the steps of a name."""
 
+    def model(self, export: Path) -> None:
+        """Have the exported model of ``mlflow.pyfunc`` logged as ``model``, and registered under the name of its architecture."""
+
     def sync_to_disk(self) -> None:
         """Return once the journal is on the disk. Called before a checkpoint, it keeps the journal from being behind."""
 
@@ -203,6 +206,10 @@ class _JournalTracker(Tracker):
     def image(self, path: Path, name: str, step: int) -> None:
         if (name, step) not in self._journal.known["image"]:
             self._journal.append("image", {name: self._stored_path(path)}, step=step)
+
+    def model(self, export: Path) -> None:
+        if "model" not in self._journal.known["model"]:
+            self._journal.append("model", {"model": self._stored_path(export)})
 
     def _stored_path(self, path: Path) -> str:
         """Relative to the run's folder where it lies inside, since that may be moved."""

@@ -1,5 +1,6 @@
 """The journal of a run: the append-only file that tracking writes, and how it gets from there to MLflow."""
 
+import importlib.metadata
 import itertools
 import json
 import logging
@@ -12,6 +13,8 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
@@ -27,7 +30,7 @@ URI = re.compile(r"sqlite:///(?P<file>.+)|(https?|(postgresql|mysql|mssql)(\+\w+
 RUN_KEY = "coda.run_key"  # tag by which a run is found that was created just before this process died
 _KEY = re.compile(r"(?=.{1,250}$)\w[\w.\- :]*(/\w[\w.\- :]*)*")  # the names MLflow takes
 THUMBNAIL = 256  # pixels of the pictures that MLflow's overview of a run shows
-_LIMITS = {"metric": 1000, "param": 100, "tag": 100, "artifact": 1, "image": 1, "status": 1}  # lines that MLflow takes at once
+_LIMITS = {"metric": 1000, "param": 100, "tag": 100, "artifact": 1, "image": 1, "model": 1, "status": 1}  # lines that MLflow takes at once
 
 
 class Journal:
@@ -136,12 +139,14 @@ class Sender:
             client.update_run(run, "RUNNING")
         elif kind == "status":
             client.set_terminated(run, first["value"], first["timestamp"])
-        elif not (path := self._folder / first["value" if kind == "image" else "key"]).is_file():
+        elif not (path := self._folder / first["key" if kind == "artifact" else "value"]).exists():
             log.warning("%s is gone and stays out of MLflow's artifacts", path)
         elif kind == "artifact":
             client.log_artifact(run, str(path), first["value"] or None)
-        else:
+        elif kind == "image":
             _deliver_image(client, run, path, first)
+        else:
+            _deliver_model(client, run, path, self._recipe.model.name)
 
 
 def _deliver_image(client: "MlflowClient", run: str, path: Path, record: dict[str, Any]) -> None:
@@ -157,6 +162,33 @@ def _deliver_image(client: "MlflowClient", run: str, path: Path, record: dict[st
         image.save(Path(folder, f"{name}+compressed.webp"))
         client.log_artifacts(run, folder, "images")
     client.set_tag(run, MLFLOW_LOGGED_IMAGES, "True")
+
+
+def _deliver_model(client: "MlflowClient", run: str, export: Path, name: str) -> None:
+    """Log the export as a model that predicts and explains; register it as a version of ``name`` that carries the run's results."""
+    from mlflow import pyfunc
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import ModelSignature
+    from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
+
+    images = Schema([TensorSpec(np.dtype("float32"), (-1, 3, -1, -1))])
+    signature = ModelSignature(inputs=images, params=ParamSchema([ParamSpec("explain", DataType.boolean, False)]))
+    code = str(Path(__file__).with_name("pyfunc.py"))
+    requirements = ["coda-pipeline", f"mlflow=={importlib.metadata.version('mlflow')}"]
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder, "model")
+        artifacts = {"export": str(export)}
+        pyfunc.save_model(model, python_model=code, artifacts=artifacts, signature=signature, pip_requirements=requirements)
+        client.log_artifacts(run, str(model), "model")
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    if not client.search_model_versions(f"run_id = '{run}'"):
+        metrics = client.get_run(run).data.metrics
+        results = {key: f"{value:.6g}" for key, value in metrics.items() if key.startswith(("val/", "interp/"))}
+        client.create_model_version(name, f"runs:/{run}/model", run, tags=results)
 
 
 def mlflow_client(uri: str) -> "MlflowClient":

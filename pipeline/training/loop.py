@@ -59,6 +59,7 @@ def train(recipe: Recipe, world: World) -> None:
                     exported = recipe.folder / FOLDER
                     together(lambda: export(run.engine.module, recipe, run.batches.classes, exported), main_only=True)
                     track(tracker, recipe, recipe.folder, conclude(recipe.folder, recipe, world))
+                    tracker.model(exported)
         if world.is_main:
             report("finished")
 

@@ -9,11 +9,14 @@ import time
 
 import mlflow
 import pytest
+import torch
 import yaml
 from recipes_for_tests import small_recipe
 
 from pipeline.distributed import process_group
 from pipeline.errors import UserError
+from pipeline.export import load_export
+from pipeline.interpret.explain import contributions
 from pipeline.training.loop import train
 
 TIMED = ("speed/",)  # what a clock says is not reproducible
@@ -106,6 +109,33 @@ def test_every_evaluation_leaves_a_sheet_of_the_same_images(prepared, tmp_path):
     lines = map(json.loads, (recipe.folder / "journal.jsonl").read_text().splitlines())
     sheets = [(line["step"], recipe.folder / line["value"]) for line in lines if line["kind"] == "image"]
     assert [step for step, _ in sheets] == [1, 2, 3] and all(sheet.is_file() for _, sheet in sheets)
+
+
+def test_mlflow_has_a_registered_model_that_predicts_and_explains(prepared, tmp_path):
+    recipe = small_recipe(prepared, name="registered", runs=str(tmp_path), training__epochs=1)
+    with process_group() as world:
+        train(recipe, world)
+    client = mlflow.MlflowClient(recipe.tracking_uri)
+    (version,) = client.search_model_versions("name = 'coda_s'")
+    assert version.run_id == (recipe.folder / "run_id").read_text()
+    top1 = next(value for name, _, value in history(recipe) if name == "val/top1")
+    assert float(version.tags["val/top1"]) == pytest.approx(top1, rel=1e-5)
+    mlflow.set_tracking_uri(recipe.tracking_uri)
+    try:
+        served = mlflow.pyfunc.load_model(f"models:/coda_s/{version.version}")
+    finally:
+        mlflow.set_tracking_uri(None)
+    images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = served.predict(images.numpy(), params={"explain": True})
+    model = load_export(recipe.folder / "export")
+    with torch.no_grad():
+        logits = model(images)
+    classes = logits.argmax(1)
+    torch.testing.assert_close(torch.from_numpy(found["probabilities"]), logits.sigmoid())
+    torch.testing.assert_close(torch.from_numpy(found["contributions"]), contributions(model, images, classes).sum(1))
+    complete = model.temperature * (logits.gather(1, classes[:, None])[:, 0] - model.logit_bias)
+    torch.testing.assert_close(torch.from_numpy(found["contributions"]).sum((1, 2)), complete, rtol=1e-3, atol=1e-4)
+    assert set(served.predict(images.numpy())) == {"probabilities"}
 
 
 def test_a_run_folder_belongs_to_one_recipe(prepared, tmp_path):
