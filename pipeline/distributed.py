@@ -32,6 +32,14 @@ class World:
         return self.rank == 0
 
 
+def job_tags(environment: Mapping[str, str]) -> dict[str, str]:
+    """What Slurm says of the job that this process belongs to, as tags of its run; empty outside of a job."""
+    names = {"slurm/job": "SLURM_JOB_ID", "slurm/nodes": "SLURM_JOB_NODELIST", "slurm/restarts": "SLURM_RESTART_COUNT"}
+    if "SLURM_JOB_ID" not in environment:
+        return {}
+    return {tag: environment.get(name, "0") for tag, name in names.items()}
+
+
 def ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
     """(rank, local rank, world size) from torchrun's variables, else Slurm's step variables, else a single process.
 

@@ -11,6 +11,7 @@ from pipeline.distributed import (
     first_node,
     gather_across_ranks,
     incarnation,
+    job_tags,
     process_group,
     ranks,
     rendezvous,
@@ -140,3 +141,10 @@ def test_one_process_alone_needs_no_environment():
     with process_group() as world:
         assert (world.rank, world.size, world.is_main) == (0, 1, True)
         assert gather_across_ranks(1) == [1]
+
+
+def test_tags_of_a_job():
+    job = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_RESTART_COUNT": "3"}
+    assert job_tags(job) == {"slurm/job": "17", "slurm/nodes": "n[1-2]", "slurm/restarts": "3"}
+    assert job_tags({"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "n1"})["slurm/restarts"] == "0"
+    assert job_tags({}) == {}

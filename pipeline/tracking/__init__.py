@@ -34,6 +34,7 @@ METRICS = {  # name -> (meaning, what its steps count)
     "train/loss": ("loss of the last update, mean over its images", _IMAGES),
     "train/learning_rate": ("learning rate of the last update", _IMAGES),
     "speed/images_per_second": ("training images per second, all processes together", _IMAGES),
+    "speed/device_hours": ("hours x processes so far, evaluations included, summed over all attempts as far as they were logged", _IMAGES),
     "val/loss": ("loss, mean over the validation images", _EPOCH),
     "val/top1": ("share of validation images whose largest logit is the label's", _EPOCH),
     "val/top5": ("share of validation images whose label has one of the five largest logits", _EPOCH),

@@ -1,6 +1,8 @@
 """Training: recipe -> run folder. Killed at any moment and started again, it ends with the same weights and metrics."""
 
+import hashlib
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from tqdm import tqdm
 from pipeline.data import manifest
 from pipeline.data.load import Batch, eval_loader, train_loader, unit_range
 from pipeline.data.write import prepare
-from pipeline.distributed import World, average_buffers, barrier, gather_across_ranks, report, sum_across_ranks, together
+from pipeline.distributed import World, average_buffers, barrier, gather_across_ranks, job_tags, report, sum_across_ranks, together
 from pipeline.errors import UserError
 from pipeline.evaluate import evaluate
 from pipeline.export import FOLDER, export
@@ -53,7 +55,7 @@ def train(recipe: Recipe, world: World) -> None:
             run.start()
             stored = yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode()
             together(lambda: write_atomically(recipe.folder / STORED, stored), main_only=True)
-            with open_tracker(recipe, recipe.folder, world) as tracker:
+            with open_tracker(recipe, recipe.folder, world, tags=_circumstances(recipe)) as tracker:
                 run.finish(tracker, stop, watchdog)
                 with stop.at_once():
                     exported = recipe.folder / FOLDER
@@ -62,6 +64,12 @@ def train(recipe: Recipe, world: World) -> None:
                     tracker.model(exported)
         if world.is_main:
             report("finished")
+
+
+def _circumstances(recipe: Recipe) -> dict[str, str]:
+    """Tags: the job, and a hash of the manifest, which itself has the hashes of the data's files."""
+    description = (recipe.data.folder / manifest.NAME).read_bytes()
+    return {**job_tags(os.environ), "data/manifest_sha256": hashlib.sha256(description).hexdigest()}
 
 
 def _refuse_another_run(recipe: Recipe) -> None:
@@ -117,6 +125,8 @@ class Run:
         A run that stopped after the checkpoint of an epoch begins with its evaluation; the tracker drops what it knows already.
         """
         self.tracker, self.stop, self.watchdog = tracker, stop, watchdog
+        self.clock = time.monotonic()
+        self.device_hours = max((value for (name, _), value in tracker.history().items() if name == "speed/device_hours"), default=0.0)
         hidden = not self.world.is_main
         self._stop_if_asked()
         with tqdm(total=self.total_updates, initial=self.updates, unit="update", desc=self.recipe.name, disable=hidden) as bar:
@@ -174,7 +184,15 @@ class Run:
 
     def _log(self, loss: float, speed: float, bar: tqdm) -> None:
         rate = learning_rate(self.updates - 1, self.updates_per_epoch, self.recipe.training)
-        values = {"train/loss": loss, "train/learning_rate": rate, "speed/images_per_second": speed}
+        now = time.monotonic()
+        self.device_hours += self.world.size * (now - self.clock) / 3600
+        self.clock = now
+        values = {
+            "train/loss": loss,
+            "train/learning_rate": rate,
+            "speed/images_per_second": speed,
+            "speed/device_hours": self.device_hours,
+        }
         if self.world.is_main:
             self.lease.check()
         self.tracker.metrics(values, step=self.updates * self.recipe.training.global_batch_size)

@@ -1,5 +1,6 @@
 """Whole trainings: killed and continued, on one process and two, in parts and at once."""
 
+import hashlib
 import json
 import os
 import signal
@@ -107,6 +108,8 @@ def test_every_evaluation_leaves_a_sheet_of_the_same_images(prepared, tmp_path):
     with process_group() as world:
         train(recipe, world)
     lines = map(json.loads, (recipe.folder / "journal.jsonl").read_text().splitlines())
+    hours = [value for name, _, value in history(recipe) if name == "speed/device_hours"]
+    assert hours == sorted(hours) and 0 < hours[0] < hours[-1] < 1
     sheets = [(line["step"], recipe.folder / line["value"]) for line in lines if line["kind"] == "image"]
     assert [step for step, _ in sheets] == [1, 2, 3] and all(sheet.is_file() for _, sheet in sheets)
 
@@ -119,6 +122,8 @@ def test_mlflow_has_a_registered_model_that_predicts_and_explains(prepared, tmp_
     (version,) = client.search_model_versions("name = 'coda_s'")
     assert version.run_id == (recipe.folder / "run_id").read_text()
     top1 = next(value for name, _, value in history(recipe) if name == "val/top1")
+    tags = client.get_run(version.run_id).data.tags
+    assert tags["data/manifest_sha256"] == hashlib.sha256((recipe.data.folder / "manifest.json").read_bytes()).hexdigest()
     assert float(version.tags["val/top1"]) == pytest.approx(top1, rel=1e-5)
     mlflow.set_tracking_uri(recipe.tracking_uri)
     try:
