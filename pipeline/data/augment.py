@@ -6,7 +6,6 @@ A box is (top, left, height, width) in pixels of the stored image.
 """
 
 import numpy as np
-import torch
 
 CROP_AREA = (0.08, 1.0)  # share of the stored image's area
 CROP_ASPECT = (3 / 4, 4 / 3)  # width / height
@@ -36,22 +35,11 @@ def permutation(seed: int, epoch: int, samples: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(samples)
 
 
-def flip_and_shift(images: torch.Tensor, seed: int, epoch: int, indices: np.ndarray, flip: bool, padding: int) -> torch.Tensor:
-    """Mirror half of the images (B, 3, S, S) if ``flip``, in place; then shift each by -padding .. padding pixels, zeros moving in."""
-    if flip:
-        mirrored = torch.from_numpy(np.flatnonzero(uniform(seed, epoch, indices, FLIP) < 0.5))
-        images[mirrored] = images[mirrored].flip(3)
-    if padding:
-        shifts = 2 * padding + 1
-        down, right = (
-            torch.from_numpy(np.floor(uniform(seed, epoch, indices, stream) * shifts).astype(np.int64))
-            for stream in (SHIFT_DOWN, SHIFT_RIGHT)
-        )
-        size = images.shape[-1]
-        padded = torch.nn.functional.pad(images, (padding,) * 4)
-        windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # (B, 3, S + 2p, S + 2p) -> (B, 3, 2p + 1, 2p + 1, S, S), a view
-        images = windows[torch.arange(len(images)), :, down, right]  # (B, 3, S, S)
-    return images
+def moves(seed: int, epoch: int, indices: np.ndarray, flip: bool, padding: int) -> np.ndarray:
+    """(N, 3): whether to mirror (half of the images, if ``flip``), then by how much to move up and left: -padding .. padding pixels."""
+    mirrored = uniform(seed, epoch, indices, FLIP) < 0.5 if flip else np.zeros(len(indices), bool)
+    shifts = [uniform(seed, epoch, indices, stream) * (2 * padding + 1) for stream in (SHIFT_DOWN, SHIFT_RIGHT)]
+    return np.stack([mirrored, *(np.floor(shift) - padding for shift in shifts)], axis=1)
 
 
 def whole_boxes(heights: np.ndarray, widths: np.ndarray) -> np.ndarray:

@@ -1,81 +1,125 @@
-"""The FFCV decoder of all images: cut a given box out of the stored image and resize it to the size that the model sees.
+"""Reading .beton files: FFCV's format, JPEG decoder and resizer in one compiled loop over the images of a batch.
 
-FFCV's own random decoders draw from numba's per-thread generators, which nothing can seed; here the boxes come from outside,
-in a table that compiled code reads at a fixed address, so that a new epoch fills in new boxes and recompiles nothing.
+FFCV's own decoders and transforms draw from numba's per-thread generators, which nothing can seed, and each passes the whole batch
+through memory once more. Here a plan from outside says what to do with each image, while it is in the processor's cache.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+import ctypes
+from pathlib import Path
 
+import llvmlite.binding as llvm
 import numpy as np
-from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
-from ffcv.libffcv import imdecode, resize_crop
-from ffcv.pipeline.allocation_query import AllocationQuery
-from ffcv.pipeline.compiler import Compiler
-from ffcv.pipeline.state import State
-from numba import carray, types
-from numba.extending import intrinsic
+from ffcv.fields.rgb_image import IMAGE_MODES
+from ffcv.libffcv import lib
+from ffcv.reader import Reader
+from numba import njit, prange, types
 
-TOP, LEFT, HEIGHT, WIDTH = range(4)
-decode_jpg = Compiler.compile(imdecode)
-resize = Compiler.compile(resize_crop)
+TOP, LEFT, HEIGHT, WIDTH, FLIP, DOWN, RIGHT = range(7)  # columns of a plan
+PLAN_COLUMNS = 7
+_JPG = IMAGE_MODES["jpg"]
 
 
-@intrinsic
-def _pointer(typing_context, address):
-    """The integer ``address`` as a pointer, in compiled code."""
-
-    def codegen(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.voidptr(types.uintp), codegen
+def _external(name: str, signature) -> types.ExternalFunction:
+    """libffcv's function ``name`` for compiled code, which finds it by name: with an address in it, numba would not cache the code."""
+    symbol = f"coda_ffcv_{name}"
+    llvm.add_symbol(symbol, ctypes.cast(getattr(lib, name), ctypes.c_void_p).value)
+    return types.ExternalFunction(symbol, signature)
 
 
-class BoxDecoder(SimpleRGBImageDecoder):  # FFCV takes an operation for a decoder only if it is of the field's decoder class
-    """Decode to (B, size, size, 3) uint8. A box of the whole image at ``size`` gives the stored pixels unchanged.
+_u32 = types.uint32
+_imdecode = _external(
+    "imdecode", types.int32(types.voidptr, types.uint64, _u32, _u32, types.voidptr, *[_u32] * 6, types.boolean, types.boolean)
+)
+_resize = _external("resize", types.void(*[types.int64] * 11))
 
-    Args:
-        boxes: (samples, 4) int32, (top, left, height, width) of every sample; the caller sets the rows that an epoch visits
-            before it starts. A stored JPEG that cannot be decoded sets the height of its box to 0.
-        size: side of the output in pixels.
+
+class StoredImages:
+    """A .beton file of images and labels, its pixels mapped into memory. It must have been checked (``manifest.open_manifest``).
+
+    Attributes:
+        heights, widths: (N,) int64, of the images as they are stored.
+        labels: (N,) int64.
+        pages: (N,) int64: in which of the file's pages, pieces of some megabytes, an image lies.
     """
 
-    def __init__(self, boxes: np.ndarray, size: int):
-        super().__init__()
-        assert boxes.dtype == np.int32 and boxes.flags.c_contiguous
-        self.boxes = boxes  # compiled code holds its address: it must live as long as this object
-        self.shape = (size, size, 3)
+    def __init__(self, path: Path):
+        reader = Reader(str(path))
+        self._fields = reader.metadata["f0"]
+        self._bytes = np.memmap(path, np.uint8, mode="c").view(np.ndarray)  # mapped copy-on-write, and never written to
+        order = np.argsort(reader.alloc_table["ptr"])
+        self._starts, self._sizes = (np.ascontiguousarray(reader.alloc_table[name][order]) for name in ("ptr", "size"))
+        self.heights, self.widths = (self._fields[name].astype(np.int64) for name in ("height", "width"))
+        self.labels = reader.metadata["f1"].astype(np.int64).reshape(-1)
+        self.pages = (self._fields["data_ptr"] // np.uint64(reader.page_size)).astype(np.int64)
 
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
-        """FFCV's hook: the kind of output, and the buffer for it."""
-        dtype = np.dtype("<u1")
-        return replace(previous_state, jit_mode=True, shape=self.shape, dtype=dtype), AllocationQuery(self.shape, dtype)
+    def decode(self, samples: np.ndarray, plan: np.ndarray, images: np.ndarray) -> None:
+        """Fill ``images`` (B, S, S, 3) uint8 with the ``samples`` (B,), using as many threads as numba has been told to.
 
-    def generate_code(self) -> Callable:
-        """FFCV's hook: the function that numba compiles."""
-        address, count = self.boxes.ctypes.data, len(self.boxes)
-        jpg = IMAGE_MODES["jpg"]
-        read = self.memory_read
-        parallel_range = Compiler.get_iterator()
+        Row b of ``plan`` (B, 7) int32 is (top, left, height, width) of the part of image b that is resized to S x S (pixels are
+        unchanged where that is its size already), whether to mirror it then, and by how many pixels to move it up and left after
+        that, zeros moving in. The height becomes 0 where a stored JPEG cannot be decoded.
+        """
+        _decode(samples, self._fields, self._bytes, self._starts, self._sizes, plan, images)
 
-        def decode(batch_indices, destination, metadata, storage_state):
-            boxes = carray(_pointer(address), (count, 4), np.int32)
-            for slot in parallel_range(len(batch_indices)):
-                sample = batch_indices[slot]
-                field = metadata[sample]
-                height, width = np.int64(field["height"]), np.int64(field["width"])
-                stored = read(field["data_ptr"], storage_state)
-                if field["mode"] == jpg:
-                    pixels = np.empty((height, width, 3), np.uint8)  # one image per thread, not FFCV's five whole batches
-                    if decode_jpg(stored, pixels, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
-                        boxes[sample, HEIGHT] = 0
-                else:
-                    pixels = stored.reshape((height, width, 3))
-                top, left = np.int64(boxes[sample, TOP]), np.int64(boxes[sample, LEFT])
-                bottom, right = top + boxes[sample, HEIGHT], left + boxes[sample, WIDTH]
-                if bottom > top:
-                    resize(pixels, top, bottom, left, right, destination[slot])
-            return destination[: len(batch_indices)]
 
-        decode.is_parallel = True  # type: ignore[attr-defined]
-        return decode
+@njit(cache=True, parallel=True, nogil=True, error_model="numpy")
+def _decode(samples, fields, data, starts, sizes, plan, images):
+    side = images.shape[1]
+    for slot in prange(len(samples)):
+        field = fields[samples[slot]]
+        height, width = np.int64(field["height"]), np.int64(field["width"])
+        start = field["data_ptr"]
+        stored = data[start : start + sizes[np.searchsorted(starts, start)]]
+        if field["mode"] == _JPG:
+            pixels = np.empty((height, width, 3), np.uint8)
+            pointer = pixels.ctypes.data
+            if _imdecode(stored.ctypes.data, stored.size, height, width, pointer, height, width, 0, 0, 1, 1, False, False) != 0:
+                plan[slot, HEIGHT] = 0
+        else:
+            pixels = stored.reshape((height, width, 3))
+        if plan[slot, HEIGHT] > 0:
+            top, left = np.int64(plan[slot, TOP]), np.int64(plan[slot, LEFT])
+            bottom, right = top + plan[slot, HEIGHT], left + plan[slot, WIDTH]
+            flip, image = plan[slot, FLIP] != 0, images[slot]
+            if bottom - top == side and right - left == side:
+                _place(pixels[top:bottom, left:right], image, flip, plan[slot, DOWN], plan[slot, RIGHT])
+            elif plan[slot, DOWN] == 0 and plan[slot, RIGHT] == 0:
+                _resize(0, pixels.ctypes.data, height, width, top, bottom, left, right, image.ctypes.data, side, side)
+                if flip:
+                    _mirror(image)
+            else:
+                scaled = np.empty((side, side, 3), np.uint8)
+                _resize(0, pixels.ctypes.data, height, width, top, bottom, left, right, scaled.ctypes.data, side, side)
+                _place(scaled, image, flip, plan[slot, DOWN], plan[slot, RIGHT])
+
+
+@njit(nogil=True)
+def _mirror(image):
+    side = image.shape[1]
+    for row in range(side):
+        for column in range(side // 2):
+            for channel in range(3):
+                other = image[row, side - 1 - column, channel]
+                image[row, side - 1 - column, channel] = image[row, column, channel]
+                image[row, column, channel] = other
+
+
+@njit(nogil=True)
+def _place(source, target, flip, down, right):
+    """target[row, column] = source[row + down, column + right], of the mirrored source if ``flip``, and 0 outside of it."""
+    side = target.shape[0]
+    first, last = max(0, -right), min(side, side - right)
+    for row in range(side):
+        if 0 <= row + down < side:
+            target[row, :first] = 0
+            target[row, last:] = 0
+            if flip:
+                for column in range(first, last):
+                    for channel in range(3):
+                        target[row, column, channel] = source[row + down, side - 1 - column - right, channel]
+            else:
+                for column in range(first, last):
+                    for channel in range(3):
+                        target[row, column, channel] = source[row + down, column + right, channel]
+        else:
+            target[row] = 0

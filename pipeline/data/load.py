@@ -1,61 +1,62 @@
 """Loaders: a prepared folder and a place in the world -> batches, in an order that no thread, rank or restart can change.
 
-FFCV decodes ahead in a thread of its own. What it leaves open is closed here: an error in that thread reaches the consumer, the
-thread ends with the epoch however the epoch ends, and batches do not change after they were handed out.
+The files, the JPEG decoder and the resizer are FFCV's; the loop around them is not its ``Loader``, which waits for ever after an
+error in its thread, hands out buffers that change later, draws random numbers that cannot be repeated, and pads or drops samples.
 """
 
 import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from queue import Empty
 from typing import NamedTuple
 
 import numba
 import numpy as np
 import torch
-from ffcv.fields.basics import IntDecoder
-from ffcv.loader import Loader
-from ffcv.loader.epoch_iterator import EpochIterator
-from ffcv.transforms import ToTensor
 
 from pipeline.data import augment
-from pipeline.data.decode import HEIGHT, BoxDecoder
+from pipeline.data.decode import FLIP, HEIGHT, PLAN_COLUMNS, StoredImages
 from pipeline.data.manifest import REMEDY, Manifest, open_manifest
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
-POLL_SECONDS = 0.5  # how often a waiting consumer looks whether FFCV's thread is still alive
+BATCHES_AHEAD = 3  # decoded or being decoded while the consumer works
 
 
 class Batch(NamedTuple):
     """Images and labels that belong to the caller."""
 
-    images: torch.Tensor  # (B, 3, S, S) uint8, RGB, contiguous
+    images: torch.Tensor  # (B, 3, S, S) uint8, RGB, channels last in memory
     labels: torch.Tensor  # (B,) int64
     indices: torch.Tensor  # (B,) int64: number of each sample in the .beton file
+    targets: torch.Tensor | None = None  # (B, C) float32: shares of the classes in mixed images; None: the labels say all
 
 
 def unit_range(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Images (B, 3, S, S) uint8 as floats in [0, 1] on ``device``; channels last in memory where convolutions want it so."""
-    images = images.to(device, non_blocking=True).float().div_(255)
-    return images.to(memory_format=torch.channels_last) if device.type == "cuda" else images
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    return images.to(device, non_blocking=True).to(torch.float32, memory_format=layout).div_(255)
 
 
 class EpochLoader:
     """Batches of one .beton file, epoch by epoch.
 
     Args:
-        path: the file. It must have been checked (``open_manifest``): FFCV hangs on an unfinished one.
+        path: the file. It must have been checked (``open_manifest``).
         manifest: what it holds.
         split: its entry there.
         batch_size: images per batch; the last of an epoch may have fewer.
         workers: decoding threads, at most; never more than processors.
         order: epoch -> (n,) the samples that this process visits.
         boxes: (heights, widths, epoch, samples) -> (n, 4) the part of each stored image to show.
-        transform: (images (B, 3, S, S) uint8, epoch, samples) -> images, the same shape, contiguous.
+        moves: (size, epoch, samples) -> (n, 3) flip, down and right of ``StoredImages.decode``. None: images stay as they are.
+        transform: (batch, epoch) -> batch, what is done to decoded images, still in the loader's thread.
+        size: epoch -> side in pixels of the images. None: the manifest's.
 
     Attributes:
         samples: images of the whole split, all processes together.
@@ -72,30 +73,29 @@ class EpochLoader:
         workers: int,
         order: Callable[[int], np.ndarray],
         boxes: Callable[[np.ndarray, np.ndarray, int, np.ndarray], np.ndarray],
-        transform: Callable[[torch.Tensor, int, np.ndarray], torch.Tensor] | None = None,
+        moves: Callable[[int, int, np.ndarray], np.ndarray] | None = None,
+        transform: Callable[[Batch, int], Batch] | None = None,
+        size: Callable[[int], int] | None = None,
     ):
         self.path, self.batch_size = path, batch_size
         self.samples, self.classes = manifest.splits[split].samples, manifest.classes
         self.batches_per_epoch = -(-len(order(0)) // batch_size)
-        self._order, self._choose_boxes, self._transform = order, boxes, transform
-        self._boxes = np.zeros((self.samples, 4), np.int32)
+        self._order, self._boxes, self._moves, self._transform = order, boxes, moves, transform
+        self._size = size or (lambda epoch: manifest.image_size)
+        self._stored = StoredImages(path)
+        # One thread for the loader's life: with each new one, numba's and libjpeg's memory for it would be left behind.
+        self._thread = ThreadPoolExecutor(1, f"decode {split}", numba.set_num_threads, (threads(workers),))
         self._open = False
-        pipelines = {"image": [BoxDecoder(self._boxes, manifest.image_size), ToTensor()], "label": [IntDecoder(), ToTensor()]}
-        torch_threads = torch.get_num_threads()
-        self._ffcv = Loader(str(path), batch_size, threads(workers), os_cache=True, pipelines=pipelines)
-        torch.set_num_threads(torch_threads)  # FFCV has set it to its own number
-        stored = self._ffcv.reader.metadata["f0"]
-        self._heights, self._widths = stored["height"].astype(np.int64), stored["width"].astype(np.int64)
 
     @contextmanager
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Iterator[Batch]]:
         """An iterator over the batches of ``epoch`` from number ``start`` on; earlier ones are not decoded.
 
-        FFCV's thread has ended when the block is left, in whatever way. One epoch of a loader can be open at a time.
+        Nothing is decoded any more when the block is left, in whatever way. One epoch of a loader can be open at a time.
 
         Raises:
             UserError: a stored image cannot be decoded.
-            RuntimeError: FFCV's thread failed; its error is the cause.
+            RuntimeError: the loader's thread failed in another way; its error is the cause.
         """
         with self._visit(self._order(epoch)[start * self.batch_size :], epoch) as batches:
             yield batches
@@ -110,62 +110,43 @@ class EpochLoader:
     def _visit(self, samples: np.ndarray, epoch: int) -> Iterator[Iterator[Batch]]:
         if self._open:
             raise RuntimeError(f"{self.path}: an epoch of this loader is open already")
-        self._boxes[samples] = self._choose_boxes(self._heights[samples], self._widths[samples], epoch, samples)
-        torch_threads = torch.get_num_threads()
-        iterator = _EpochThread(self._ffcv, samples)
+        parts = (samples[begin : begin + self.batch_size] for begin in range(0, len(samples), self.batch_size))
+        ahead = (self._thread.submit(self._batch, part, epoch) for part in parts)
+        pending = deque(islice(ahead, BATCHES_AHEAD))
         self._open = True
         try:
-            yield self._batches(iterator, epoch, samples, torch_threads)
+            yield self._in_turn(pending, ahead)
         finally:
-            iterator.shut()
-            torch.set_num_threads(torch_threads)
+            for future in pending:
+                future.cancel()
+            wait(pending)
             self._open = False
 
-    def _batches(self, iterator: "_EpochThread", epoch: int, samples: np.ndarray, torch_threads: int) -> Iterator[Batch]:
-        for begin in range(0, len(samples), self.batch_size):
-            images, labels = iterator.take()
-            if begin == 0:
-                torch.set_num_threads(torch_threads)  # FFCV's thread has set it to its own number when it began
-            chosen = samples[begin : begin + self.batch_size]
-            if (broken := chosen[self._boxes[chosen, HEIGHT] == 0]).size:
-                raise UserError(f"{self.path}: image {broken[0]} cannot be decoded; remove the folder and {REMEDY}")
-            # FFCV's buffers are used again a few batches later, so everything is copied out of them.
-            images = images.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)  # (B, S, S, 3) -> (B, 3, S, S)
-            if self._transform:
-                images = self._transform(images, epoch, chosen)
-            yield Batch(images, labels[:, 0].clone(), torch.from_numpy(chosen.copy()))
+    def _in_turn(self, pending: deque[Future[Batch]], ahead: Iterator[Future[Batch]]) -> Iterator[Batch]:
+        while pending:
+            batch = pending[0].result()
+            pending.popleft()
+            pending.extend(islice(ahead, 1))
+            yield batch
 
-
-class _EpochThread(EpochIterator):
-    """FFCV's decoding thread, made to report its end."""
-
-    failure: BaseException | None = None
-
-    def run(self) -> None:
+    def _batch(self, samples: np.ndarray, epoch: int) -> Batch:
         try:
-            super().run()
-        except BaseException as error:  # kept for the consumer, who would otherwise wait for ever
-            self.failure = error
-
-    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next (images (B, S, S, 3), labels (B, 1)), views of FFCV's buffers."""
-        while True:
-            alive = self.is_alive()
-            try:
-                return self.output_queue.get(timeout=POLL_SECONDS if alive else 0)[1]
-            except Empty:
-                if not alive:
-                    raise RuntimeError(f"{self.loader.fname}: reading stopped: {self.failure!r}") from self.failure
-
-    def shut(self) -> None:
-        """End the thread and wait for its end; emptying the queue frees it where it waits for room."""
-        self.close()
-        while self.is_alive():
-            try:
-                self.output_queue.get(timeout=0.02)
-            except Empty:
-                pass
-        self.join()
+            size = self._size(epoch)
+            plan = np.zeros((len(samples), PLAN_COLUMNS), np.int32)
+            plan[:, :FLIP] = self._boxes(self._stored.heights[samples], self._stored.widths[samples], epoch, samples)
+            if self._moves:
+                plan[:, FLIP:] = self._moves(size, epoch, samples)
+            images = torch.empty(len(samples), size, size, 3, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            self._stored.decode(samples, plan, images.numpy())
+            if (broken := samples[plan[:, HEIGHT] == 0]).size:
+                raise UserError(f"{self.path}: image {broken[0]} cannot be decoded; remove the folder and {REMEDY}")
+            labels = torch.from_numpy(self._stored.labels[samples])
+            batch = Batch(images.permute(0, 3, 1, 2), labels, torch.from_numpy(samples.copy()))
+            return self._transform(batch, epoch) if self._transform else batch
+        except UserError:
+            raise
+        except Exception as error:
+            raise RuntimeError(f"{self.path}: reading stopped: {error!r}") from error
 
 
 def train_loader(recipe: Recipe, world: World, micro_batch: int) -> EpochLoader:
@@ -198,12 +179,11 @@ def train_loader(recipe: Recipe, world: World, micro_batch: int) -> EpochLoader:
             return augment.whole_boxes(heights, widths)
         return augment.random_boxes(heights, widths, seed, epoch, chosen)
 
-    def transform(images: torch.Tensor, epoch: int, chosen: np.ndarray) -> torch.Tensor:
-        return augment.flip_and_shift(images, seed, epoch, chosen, data.flip, data.crop_padding)
+    def moves(size: int, epoch: int, chosen: np.ndarray) -> np.ndarray:
+        return augment.moves(seed, epoch, chosen, data.flip, data.crop_padding)
 
-    augmented = transform if data.flip or data.crop_padding else None
     path = data.folder / manifest.splits["train"].file
-    return EpochLoader(path, manifest, "train", micro_batch, data.workers, order, boxes, augmented)
+    return EpochLoader(path, manifest, "train", micro_batch, data.workers, order, boxes, moves)
 
 
 def eval_loader(recipe: Recipe, world: World, batch_size: int, split: str = "val") -> EpochLoader:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from ffcv.reader import Reader
 from PIL import Image
 
 from pipeline.recipe import Recipe, from_dict
@@ -24,3 +25,11 @@ def write_images(root: Path, **counts: int) -> None:
                 coarse = Image.fromarray(generator.integers(0, 256, (5, 5, 3), np.uint8))
                 size = tuple(int(side) for side in generator.integers(40, 201, 2))
                 coarse.resize(size, Image.Resampling.BICUBIC).save(root / split / label / f"{number}.png")
+
+
+def damage(path: Path, sample: int) -> None:
+    """Make the JPEG of ``sample`` in the .beton file ``path`` one that cannot be decoded, leaving header and tables as they are."""
+    address = int(Reader(str(path)).metadata["f0"]["data_ptr"][sample])
+    with path.open("r+b") as file:
+        file.seek(address)
+        file.write(bytes(4))

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from pipeline.data import augment
+from pipeline.data.load import train_loader
+from pipeline.distributed import World
 
 INDICES = np.arange(20_000)
 
@@ -21,27 +23,25 @@ def obvious_twin(image: torch.Tensor, mirrored: bool, down: int, right: int) -> 
     return result
 
 
-def test_flip_and_shift_are_the_obvious_ones():
-    indices, padding = INDICES[100:116], 2
-    images = torch.randint(0, 256, (16, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    result = augment.flip_and_shift(images.clone(), 3, 5, indices, True, padding)
-    mirrored = augment.uniform(3, 5, indices, augment.FLIP) < 0.5
-    down, right = (np.floor(augment.uniform(3, 5, indices, s) * 5).astype(int) - padding for s in (augment.SHIFT_DOWN, augment.SHIFT_RIGHT))
-    assert len(set(mirrored)) == 2 and len(set(down)) > 2
+def test_flip_and_shift_are_the_obvious_ones(digits, make_recipe):
+    recipe, padding = make_recipe(prepared=digits, flip=True, crop_padding=2), 2
+    plain, moved = (train_loader(made, World(), 16) for made in (make_recipe(prepared=digits), recipe))
+    with plain.epoch(5) as images, moved.epoch(5) as results:
+        before, after = next(images), next(results)
+    mirrored, down, right = augment.moves(0, 5, before.indices.numpy(), True, padding).T
+    assert set(mirrored) == {0, 1} and len(set(down)) > 2
     for number in range(16):
-        assert torch.equal(result[number], obvious_twin(images[number], mirrored[number], down[number], right[number]))
+        twin = obvious_twin(before.images[number], mirrored[number], int(down[number]), int(right[number]))
+        assert torch.equal(after.images[number], twin)
 
 
 def test_flip_is_fair_and_shift_is_uniform():
-    images = torch.zeros(len(INDICES), 3, 9, 9, dtype=torch.uint8)
-    images[:, 0, 4, 4], images[:, 1, :, 0] = 1, 1  # the centre, and the left column
-    flipped = augment.flip_and_shift(images.clone(), 0, 0, INDICES, True, 0)[:, 1, 0, 8].float().mean()
-    assert abs(flipped - 0.5) < 4 * 0.5 / np.sqrt(len(INDICES))  # four standard deviations
-    shifted = augment.flip_and_shift(images, 0, 0, INDICES, False, 4)[:, 0].flatten(1)
-    assert (shifted.sum(1) == 1).all()
-    counts = np.bincount(shifted.argmax(1).numpy(), minlength=81)  # all 9 x 9 places
+    mirrored, down, right = augment.moves(0, 0, INDICES, True, 4).T
+    assert abs(mirrored.mean() - 0.5) < 4 * 0.5 / np.sqrt(len(INDICES))  # four standard deviations
+    counts = np.bincount(((down + 4) * 9 + right + 4).astype(int), minlength=81)  # all 9 x 9 places
     expected = len(INDICES) / 81
-    assert ((counts - expected) ** 2 / expected).sum() < 124.9  # chi square, 80 degrees of freedom, p = 0.001
+    assert len(counts) == 81 and ((counts - expected) ** 2 / expected).sum() < 124.9  # chi square, 80 degrees of freedom, p = 0.001
+    assert not augment.moves(0, 0, INDICES, False, 0).any()
 
 
 @pytest.mark.parametrize("other", [(1, 0, augment.FLIP), (0, 1, augment.FLIP), (0, 0, augment.SHIFT_DOWN)], ids=["seed", "epoch", "stream"])
