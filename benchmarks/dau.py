@@ -6,7 +6,6 @@ One run, interleaved, medians; memory in a process of its own for each measureme
 
 import argparse
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import date
+from pathlib import Path
 
 import timm
 import torch
@@ -162,9 +162,16 @@ def peak(task: str) -> None:
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
     torch.mm(torch.rand(64, 64), torch.rand(64, 64))  # the library's own buffers
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here; getrusage's would include the parent's
+    before = resident("VmRSS")
     training_step(module, x)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((resident("VmHWM") - before) / 1024)
+
+
+def resident(kind: str) -> int:
+    """KiB of this process: "VmRSS" now, "VmHWM" at most so far."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{kind}:"))
+    return int(line.split()[1])
 
 
 def measure_peak(task: str) -> float:

@@ -252,14 +252,7 @@ def _backward_by_unit(
     needs_rows, needs_z, needs_weight, needs_bias = needs
     grad_rows = torch.zeros_like(rows) if needs_rows else None
     grad_z = torch.zeros_like(z) if needs_z else None
-    grad_weight = torch.zeros_like(weight) if needs_weight else None
-    grad_bias = None
-    if needs_bias:
-        assert bias is not None
-        grad_bias = grad_dot.t() @ rows
-        if grad_norm2 is not None:
-            c = 2 * grad_norm2.t()  # (O, N)
-            grad_bias += (weight @ (c @ z)[:, :, None])[:, :, 0] + bias * c.sum(1, keepdim=True)
+    grad_weight = torch.empty_like(weight) if needs_weight else None
     for part, w in _chunks(rows, rows.shape[1]):
         for unit in range(len(weight)):
             a = grad_dot[part, unit, None]
@@ -272,8 +265,19 @@ def _backward_by_unit(
                 w.mul_(2 * grad_norm2[part, unit, None]).addcmul_(rows[part], a)
             if grad_z is not None:
                 grad_z[part].addmm_(w, weight[unit])
-            if grad_weight is not None:
+            if grad_weight is not None and part.start == 0:
+                torch.mm(w.t(), z[part], out=grad_weight[unit])  # not added to zeros: A has more numbers than a chunk where r is high
+            elif grad_weight is not None:
                 grad_weight[unit].addmm_(w.t(), z[part])
+    if not needs_bias:
+        return grad_rows, grad_z, grad_weight, None
+    assert bias is not None
+    grad_bias = grad_dot.t() @ rows
+    if grad_norm2 is not None:
+        c = 2 * grad_norm2.t()  # (O, N)
+        grad_bias.addcmul_(bias, c.sum(1, keepdim=True))
+        for of_unit, a_o, moment in zip(grad_bias, weight, c @ z, strict=True):
+            of_unit.addmv_(a_o, moment)  # bmm is several times slower at this
     return grad_rows, grad_z, grad_weight, grad_bias
 
 
