@@ -5,16 +5,12 @@ than one field, and returns frozen dataclasses. Nothing else in the pipeline own
 """
 
 import dataclasses
-import difflib
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from pipeline import structure
 from pipeline.errors import UserError
 
 STORED = "recipe.yaml"  # name of the resolved recipe in a run folder and in an export
@@ -58,13 +54,19 @@ class TrainingRecipe:
     epochs: int
     global_batch_size: int
     learning_rate: float
-    optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
+    optimizer: Literal["adam", "adamw", "sgd"] = "adamw"  # sgd: with Nesterov's momentum
     micro_batch_size: int | None = None  # images per process and backward pass; None: global_batch_size / world size
     weight_decay: float = 0.0
     momentum: float = 0.9  # sgd only
-    warmup_epochs: float = 0.0
+    warmup_epochs: float = 0.0  # linear, up to learning_rate
+    warmup_learning_rate: float = 0.0  # where the warm-up starts
+    schedule: Literal["cosine", "linear", "step"] = "cosine"  # after the warm-up: down to 0, or divided step by step
+    step_epochs: int = 30  # step only: epochs, from the first on, between two divisions
+    step_factor: float = 10.0  # step only: by which the rate is divided
+    weight_average: float = 0.0  # decay, per update, of an average of the weights that is evaluated and exported; 0: no average
     clip_grad_norm: float = 0.0  # 0: no clipping
     loss: Literal["bce", "cross_entropy"] = "bce"
+    label_smoothing: float = 0.0  # share of a target that is spread evenly over all classes
     weight_penalty: float = 0.0  # lambda of the official regulariser, mean |W| of the CoDA part's linear map to a class
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, parameters stay fp32
     zero_stage: int = 0
@@ -157,17 +159,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"recipe {path}: cannot be read: {error.strerror}; ready-made ones are in recipes/") from error
     except UnicodeDecodeError as error:
         raise UserError(f"recipe {path}: is not UTF-8 text") from error
-    tree = _yaml(text, f"recipe {path}")
+    tree = structure.parse(text, f"recipe {path}")
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path}: must be a mapping of keys to values, found {type(tree).__name__}")
     for override in overrides:
-        _apply(tree, override)
+        structure.override(tree, override)
     return from_dict(tree, f"recipe {path}")
 
 
 def from_dict(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """Build and check a recipe from plain data, such as ``Recipe.to_dict`` returns. Raises UserError as ``load`` does."""
-    recipe = _build(Recipe, tree, "", where)
+    recipe = structure.build(Recipe, tree, "", where)
     _check(recipe, where)
     return recipe
 
@@ -191,73 +193,6 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or 'cannot be parsed'}") from error
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, sign, value = override.partition("=")
-    if not sign or not key:
-        raise UserError(f"override {override!r}: must look like section.key=value")
-    *sections, last = key.split(".")
-    for section in sections:
-        if tree.get(section) is None:
-            tree[section] = {}
-        tree = tree[section]
-        if not isinstance(tree, dict):
-            raise UserError(f"override {override!r}: {section} is a value, not a section")
-    tree[last] = _yaml(value, f"override {override!r}")
-
-
-def _build(cls: Any, tree: Any, prefix: str, where: str) -> Any:
-    if not isinstance(tree, Mapping):
-        raise UserError(f"{where}: {prefix.rstrip('.')} must be a section of keys, found {tree!r}")
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for key, value in tree.items():
-        if key not in hints:
-            close = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"valid keys: {', '.join(hints)}"
-            raise UserError(f"{where}: unknown key {prefix}{key}; {hint}")
-        values[key] = _convert(hints[key], value, f"{prefix}{key}", where)
-    for item in dataclasses.fields(cls):
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if required and item.name not in values:
-            raise UserError(f"{where}: {prefix}{item.name} is missing; it has no default")
-    return cls(**values)
-
-
-def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
-    """``value`` as the annotated type ``hint``; YAML reads 1e-3 as text and 1 as an integer, both are welcome as floats."""
-    origin, choices = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, f"{key}.", where)
-    if origin is types.UnionType:
-        return None if value is None else _convert(choices[0], value, key, where)
-    if origin is Literal:
-        if value in choices:
-            return value
-        raise UserError(f"{where}: {key} is {value!r}; valid: {', '.join(map(str, choices))}")
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_convert(choices[0], item, key, where) for item in value)
-    if origin is Mapping and isinstance(value, Mapping):
-        return dict(value)
-    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    elif hint in (int, str, bool) and type(value) is hint:
-        return value
-    names = {tuple: "a list", Mapping: "a mapping", float: "a number", int: "a whole number", str: "text", bool: "true or false"}
-    raise UserError(f"{where}: {key} is {value!r}; it must be {names[origin or hint]}")
-
-
 def _check(recipe: Recipe, where: str) -> None:
     training, data, evaluation = recipe.training, recipe.data, recipe.evaluation
     every_save = training.checkpoint_every_updates
@@ -275,6 +210,16 @@ def _check(recipe: Recipe, where: str) -> None:
         ("training.weight_penalty", training.weight_penalty, 0 <= training.weight_penalty < float("inf"), "0 (off) or more"),
         ("training.momentum", training.momentum, 0 <= training.momentum < 1, "in [0, 1)"),
         ("training.warmup_epochs", training.warmup_epochs, 0 <= training.warmup_epochs <= training.epochs, "between 0 and epochs"),
+        (
+            "training.warmup_learning_rate",
+            training.warmup_learning_rate,
+            0 <= training.warmup_learning_rate <= training.learning_rate,
+            "between 0 and learning_rate",
+        ),
+        ("training.step_epochs", training.step_epochs, training.step_epochs > 0, "at least 1"),
+        ("training.step_factor", training.step_factor, 1 <= training.step_factor < float("inf"), "at least 1"),
+        ("training.weight_average", training.weight_average, 0 <= training.weight_average < 1, "in [0, 1)"),
+        ("training.label_smoothing", training.label_smoothing, 0 <= training.label_smoothing < 1, "in [0, 1)"),
         ("training.clip_grad_norm", training.clip_grad_norm, training.clip_grad_norm >= 0, "0 (off) or more"),
         (
             "training.zero_stage",

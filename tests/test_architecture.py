@@ -15,7 +15,8 @@ OWNERS = {
 MAY_IMPORT = {  # room -> what it may import of the pipeline
     "errors": set(),
     "files": {"errors"},
-    "recipe": {"errors"},
+    "structure": {"errors"},
+    "recipe": {"errors", "structure"},
     "distributed": {"errors"},
     "models": {"models"},
     "interpret": {"interpret", "models", "errors", "distributed", "files"},

@@ -1,9 +1,10 @@
 """Checkpoints that are complete or absent, and whose loading runs no code.
 
-A checkpoint is a folder ``update-<n>`` with ``model.pt`` (the whole model, class names, progress), one ``rank-<r>.pt`` a
-process (random state, batch norm statistics, and optimiser state: whole on rank 0, or this rank's shard with ZeRO 1 and 2) and
-``manifest.json`` (size and SHA-256 of every file). It is written under a temporary name, synced to disk and renamed. DeepSpeed's
-own checkpoints overwrite in place, name the latest before all ranks have written, and are loaded by unpickling.
+A checkpoint is a folder ``update-<n>`` with ``model.pt`` (the whole model, the average of its weights if there is one, class
+names, progress), one ``rank-<r>.pt`` a process (random state, batch norm statistics, and optimiser state: whole on rank 0, or
+this rank's shard with ZeRO 1 and 2) and ``manifest.json`` (size and SHA-256 of every file). It is written under a temporary
+name, synced to disk and renamed. DeepSpeed's own checkpoints overwrite in place, name the latest before all ranks have written,
+and are loaded by unpickling.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from pipeline.distributed import World, average_buffers, gather_across_ranks, report, together
@@ -46,8 +48,12 @@ class Checkpoints:
     def __init__(self, folder: Path, world: World, classes: Sequence[str], lease: Lease):
         self.folder, self.world, self.classes, self.lease = folder, world, list(classes), lease
 
-    def save(self, engine: "DeepSpeedEngine", updates: int) -> None:
+    def save(self, engine: "DeepSpeedEngine", updates: int, average: nn.Module | None = None) -> None:
         """Write the state after ``updates`` optimiser updates, and leave it as it is. Every process must call it.
+
+        Args:
+            engine, updates: the training and how far it is.
+            average: an average of the model's weights, stored beside the model.
 
         The model is written with the mean of the processes' batch norm statistics; each keeps its own for going on.
 
@@ -57,11 +63,16 @@ class Checkpoints:
         """
         began = time.monotonic()
         temporary = self.folder / f".saving-{updates}-{self.world.incarnation}"
-        own = {name: buffer.clone() for name, buffer in engine.module.named_buffers() if buffer.is_floating_point()}
-        average_buffers(engine.module)
+        modules = _modules(engine, average)
+        own = {
+            key: {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+            for key, module in modules.items()
+        }
+        for module in modules.values():
+            average_buffers(module)
         try:
             together(lambda: self._make(temporary), main_only=True)
-            together(lambda: self._write(engine, temporary, updates, own))
+            together(lambda: self._write(engine, modules, temporary, updates, own))
             together(lambda: self._publish(temporary, updates), main_only=True)
         except OSError as error:
             newest = next((path.name for path in _published(self.folder)), None)
@@ -72,9 +83,8 @@ class Checkpoints:
         finally:
             if self.world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
-        for name, buffer in engine.module.named_buffers():
-            if name in own:
-                buffer.copy_(own[name])
+        for key, module in modules.items():
+            module.load_state_dict(own[key], strict=False)
         if self.world.is_main:
             final = self.folder / f"update-{updates}"
             size = sum(file.stat().st_size for file in final.iterdir())
@@ -96,8 +106,10 @@ class Checkpoints:
         """Folder of the newest valid checkpoint, None if there is none. Every process must call it; all get the same answer."""
         return gather_across_ranks(_newest_valid(self.folder) if self.world.is_main else None)[0]
 
-    def load(self, engine: "DeepSpeedEngine", path: Path | None) -> int:
+    def load(self, engine: "DeepSpeedEngine", path: Path | None, average: nn.Module | None = None) -> int:
         """Restore the checkpoint ``path``, if it is not None, and return its number of updates; removes unfinished ones.
+
+        Restores into ``engine`` and ``average`` what ``save`` was given.
 
         Raises:
             UserError: it belongs to another model, or was sharded over another number of processes.
@@ -114,15 +126,18 @@ class Checkpoints:
                 f"this run needs {self._shards(engine) or 'none'}: start it with as many processes and the training.zero_stage "
                 "it was saved with, or train with zero_stage 0"
             )
+        modules = _modules(engine, average)
         try:
-            engine.module.load_state_dict(state["model"])
+            for key, module in modules.items():
+                module.load_state_dict(state[key])
         except RuntimeError as error:
             raise UserError(f"checkpoint {path}: its tensors do not fit this model; give the run another name") from error
         own = path / f"rank-{self.world.rank}.pt"
         if len(list(path.glob("rank-*.pt"))) == self.world.size:
             private = _load(own)
             _set_random_state(private["random"], self.world)
-            engine.module.load_state_dict(private["buffers"], strict=False)
+            for key, module in modules.items():
+                module.load_state_dict(private["buffers"][key], strict=False)
         _optimizer(engine).load_state_dict(_load(own if _sharded(engine) else path / "rank-0.pt")["optimizer"])
         if _sharded(engine):
             engine.optimizer.refresh_fp32_params()
@@ -138,9 +153,17 @@ class Checkpoints:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
 
-    def _write(self, engine: "DeepSpeedEngine", temporary: Path, updates: int, buffers: dict[str, torch.Tensor]) -> None:
+    def _write(
+        self,
+        engine: "DeepSpeedEngine",
+        modules: dict[str, nn.Module],
+        temporary: Path,
+        updates: int,
+        buffers: dict[str, dict[str, torch.Tensor]],
+    ) -> None:
         if self.world.is_main:
-            state = {"model": engine.module.state_dict(), "classes": self.classes, "updates": updates, "shards": self._shards(engine)}
+            weights = {key: module.state_dict() for key, module in modules.items()}
+            state = {**weights, "classes": self.classes, "updates": updates, "shards": self._shards(engine)}
             _store(state, temporary / "model.pt")
         optimizer = _optimizer(engine).state_dict() if self.world.is_main or _sharded(engine) else None
         private = {"random": _random_state(self.world), "buffers": buffers, "optimizer": optimizer}
@@ -163,7 +186,7 @@ class Checkpoints:
 
 
 def newest_model(folder: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Weights and class names of the newest valid checkpoint in ``folder``.
+    """Weights, averaged if they were, and class names of the newest valid checkpoint in ``folder``.
 
     Raises:
         UserError: there is none.
@@ -172,7 +195,7 @@ def newest_model(folder: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     if path is None:
         raise UserError(f"{folder}: holds no valid checkpoint; `coda train` writes one at the end of every epoch")
     state = _load(path / "model.pt")
-    return state["model"], state["classes"]
+    return state.get("average", state["model"]), state["classes"]
 
 
 def _published(folder: Path) -> list[Path]:
@@ -187,6 +210,11 @@ def _newest_valid(folder: Path) -> Path | None:
             return path
         print(f"checkpoint {path} is damaged and skipped", file=sys.stderr)
     return None
+
+
+def _modules(engine: "DeepSpeedEngine", average: nn.Module | None) -> dict[str, nn.Module]:
+    """What has weights and buffers, by its name in ``model.pt``."""
+    return {"model": engine.module} | ({} if average is None else {"average": average})
 
 
 def _sharded(engine: "DeepSpeedEngine") -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 import yaml
+from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
 from pipeline.data import manifest
@@ -26,7 +27,7 @@ from pipeline.training import engine as engines
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.failures import Watchdog, first_error
 from pipeline.training.lease import Lease
-from pipeline.training.losses import LOSSES
+from pipeline.training.losses import LOSSES, soft_targets
 from pipeline.training.model import build_model
 from pipeline.training.optim import build_optimizer, learning_rate
 from pipeline.training.penalty import DynamicWeightPenalty
@@ -59,7 +60,7 @@ def train(recipe: Recipe, world: World) -> None:
                 run.finish(tracker, stop, watchdog)
                 with stop.at_once():
                     exported = recipe.folder / FOLDER
-                    together(lambda: export(run.engine.module, recipe, run.batches.classes, exported), main_only=True)
+                    together(lambda: export(run.result, recipe, run.batches.classes, exported), main_only=True)
                     track(tracker, recipe, recipe.folder, conclude(recipe.folder, recipe, world))
                     tracker.model(exported)
         if world.is_main:
@@ -101,7 +102,10 @@ class Run:
         self.checkpoints = Checkpoints(recipe.folder / "checkpoints", world, self.batches.classes, self.lease)
         self.resumed_from = self.checkpoints.newest()
         torch.manual_seed(recipe.seed)  # initialisation, and what a model draws itself (dropout)
-        self.model = build_model(recipe.model, len(self.batches.classes), fresh=self.resumed_from is None)
+        self.model = build_model(recipe.model, len(self.batches.classes), fresh=self.resumed_from is None).to(world.device)
+        decay = recipe.training.weight_average
+        self.averaging = ModelEmaV3(self.model, decay, use_warmup=True) if decay else None
+        self.average = self.averaging.module if self.averaging else None
         self.loss = LOSSES[recipe.training.loss]
         strength = recipe.training.weight_penalty
         self.penalty = DynamicWeightPenalty(self.model, strength, recipe.seed) if strength else None
@@ -111,9 +115,14 @@ class Run:
         """Take over the run folder and continue from the checkpoint that was its newest."""
         together(self.lease.take, main_only=True)
         self.engine = engines.build(self.recipe, self.model, build_optimizer(self.model, self.recipe.training), self.world)
-        self.updates = self.checkpoints.load(self.engine, self.resumed_from)
+        self.updates = self.checkpoints.load(self.engine, self.resumed_from, self.average)
         if self.updates and self.world.is_main:
             print(f"resumed {self.recipe.folder} at update {self.updates} of {self.total_updates}")
+
+    @property
+    def result(self) -> torch.nn.Module:
+        """What is evaluated and exported: the average of the weights where the recipe asks for one, else the weights."""
+        return self.engine.module if self.average is None else self.average
 
     @property
     def total_updates(self) -> int:
@@ -139,6 +148,8 @@ class Run:
                 with self.batches.epoch(epoch, done * self.accumulation) as batches:
                     self._train_epoch(batches, bar)
                 average_buffers(self.engine.module)
+                if self.average is not None:
+                    average_buffers(self.average)
                 self._save()
 
     def _train_epoch(self, batches: Iterator[Batch], bar: tqdm) -> None:
@@ -174,12 +185,14 @@ class Run:
             batch = next(batches)
             logits = self.engine(unit_range(batch.images, self.world.device)).float()
             labels = batch.labels.to(self.world.device)
-            loss = self.loss(logits, labels)
+            loss = self.loss(logits, soft_targets(labels, logits.shape[1], self.recipe.training.label_smoothing))
             if self.penalty:
                 loss = loss + self.penalty(labels, self.updates)
             self.engine.backward(loss)
             self.engine.step()
             total += loss.detach() / (self.accumulation * self.world.size)
+        if self.averaging:
+            self.averaging.update(self.engine.module, step=self.updates + 1)
         return total
 
     def _log(self, loss: float, speed: float, bar: tqdm) -> None:
@@ -208,11 +221,11 @@ class Run:
         if epoch % evaluation.every_epochs or epoch == self.recipe.training.epochs:  # the last one is done on the export
             return
         with self.stop.at_once():
-            values = evaluate(self.engine.module, self.recipe, self.validation, self.world, evaluation.metrics).values
+            values = evaluate(self.result, self.recipe, self.validation, self.world, evaluation.metrics).values
         self.tracker.metrics(values, step=epoch)
         if self.world.is_main:
             sheet = self.recipe.folder / PICTURES / f"epoch-{epoch:04}" / SHEET
-            draw_contributions(self.engine.module, self.world, self.validation, sheet)
+            draw_contributions(self.result, self.world, self.validation, sheet)
             self.tracker.image(sheet, sheet.stem, step=epoch)
         if SELECTED_BY in values:
             self.checkpoints.mark_best(self.updates, values[SELECTED_BY])
@@ -220,7 +233,7 @@ class Run:
 
     def _save(self) -> None:
         together(self.tracker.sync_to_disk)  # the journal is never behind a checkpoint
-        self.checkpoints.save(self.engine, self.updates)
+        self.checkpoints.save(self.engine, self.updates, self.average)
         self.watchdog.beat()
         self._stop_if_asked()
 

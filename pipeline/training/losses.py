@@ -1,19 +1,23 @@
-"""Training losses. All are sums over classes and means over images."""
+"""Training losses on soft targets. All are sums over classes and means over images."""
 
 from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]  # of logits (B, C) and targets (B, C)
 
 
-def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross entropy of every class against the one-hot target, the loss of CoDA networks (arXiv 2109.13004, section 4).
+def soft_targets(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
+    """(B, C) float targets of ``labels`` (B,) int64: 1 for the label, of which ``smoothing`` is spread evenly over all classes."""
+    return F.one_hot(labels, num_classes).float().mul_(1 - smoothing).add_(smoothing / num_classes)
 
-    logits (B, C), labels (B,) int64 -> scalar.
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross entropy of every class against its target, the loss of CoDA networks (arXiv 2109.13004, section 4).
+
+    logits (B, C), targets (B, C) in [0, 1] -> scalar.
     """
-    targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(logits)
 
 

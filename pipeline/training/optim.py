@@ -17,9 +17,14 @@ def build_optimizer(model: nn.Module, training: TrainingRecipe) -> torch.optim.O
 
 
 def learning_rate(update: int, updates_per_epoch: int, training: TrainingRecipe) -> float:
-    """Rate of update number ``update`` (from 0): linear warm-up over ``warmup_epochs``, then half a cosine down to 0."""
+    """Rate of update number ``update`` (from 0): a linear warm-up over ``warmup_epochs``, then the recipe's schedule."""
+    peak = training.learning_rate
     total = training.epochs * updates_per_epoch
     warmup = round(training.warmup_epochs * updates_per_epoch)
     if update < warmup:
-        return training.learning_rate * (update + 1) / warmup
-    return training.learning_rate * 0.5 * (1 + math.cos(math.pi * (update - warmup) / max(total - warmup, 1)))
+        start = training.warmup_learning_rate
+        return start + (peak - start) * (update + 1) / warmup
+    if training.schedule == "step":
+        return peak / training.step_factor ** (update // updates_per_epoch // training.step_epochs)
+    progress = (update - warmup) / max(total - warmup, 1)
+    return peak * (1 - progress if training.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))

@@ -30,7 +30,8 @@ def updates(run, count):
 
 
 def weights(run):
-    return [tensor.clone() for tensor in run.engine.module.state_dict().values()]
+    modules = [run.engine.module, *([] if run.average is None else [run.average])]
+    return [tensor.clone() for module in modules for tensor in module.state_dict().values()]
 
 
 def build(folder, world, **changes):
@@ -44,10 +45,11 @@ def build(folder, world, **changes):
 def _resumed_equals_uninterrupted(rank, size, port, folder, runs, stage):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     changes = dict(runs=str(runs), training__zero_stage=stage, model__name="coda_resnet20", model__args={"rank": 2})
+    changes |= dict(training__weight_average=0.9, training__label_smoothing=0.1)
     with process_group(timeout_seconds=120) as world:
         whole = build(folder, world, **changes)
         updates(whole, 2)
-        whole.checkpoints.save(whole.engine, whole.updates)
+        whole.checkpoints.save(whole.engine, whole.updates, whole.average)
         updates(whole, 3)
         torch.manual_seed(rank + 99)
         parted = build(folder, world, **changes)

@@ -18,6 +18,7 @@ from pipeline.distributed import process_group
 from pipeline.errors import UserError
 from pipeline.export import load_export
 from pipeline.interpret.explain import contributions
+from pipeline.training.checkpoint import newest_model
 from pipeline.training.loop import train
 
 TIMED = ("speed/",)  # what a clock says is not reproducible
@@ -101,6 +102,36 @@ def test_bf16_autocast_keeps_fp32_parameters_and_learns(prepared, tmp_path):
         train(recipe, world)
     curve = list(losses(recipe).values())
     assert curve[-1] < 0.8 * curve[0]
+
+
+def test_the_average_of_the_weights_is_what_is_evaluated_and_exported(prepared, tmp_path):
+    """After every update n the average moves by 1 - min(decay, 1 - n^(-2/3)) of its distance to the weights (timm's warm-up)."""
+    from pipeline.training.loop import Run
+
+    changes = dict(model__name="resnet20", model__args={}, training__weight_average=0.7, training__checkpoint_every_updates=1)
+    recipe = small_recipe(prepared, name="average", runs=str(tmp_path), training__epochs=1, **changes)
+    seen = []
+    original = Run._update
+
+    def update(run, batches):
+        loss = original(run, batches)
+        seen.append({key: value.clone() for key, value in run.engine.module.state_dict().items()})
+        return loss
+
+    with process_group() as world, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_update", update)
+        train(recipe, world)
+    expected = seen[0]
+    for number, weights in enumerate(seen[1:], start=2):
+        share = 1 - min(0.7, 1 - number ** (-2 / 3))
+        expected = {key: torch.lerp(expected[key].double(), value.double(), share) for key, value in weights.items()}
+    exported = load_export(recipe.folder / "export").state_dict()
+    for key, value in exported.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, expected[key].float(), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(exported["stem.conv1.weight"], seen[-1]["stem.conv1.weight"])
+    state, _ = newest_model(recipe.folder / "checkpoints")  # what `coda export` writes
+    assert all(torch.equal(state[key], value) for key, value in exported.items())
 
 
 def test_every_evaluation_leaves_a_sheet_of_the_same_images(prepared, tmp_path):

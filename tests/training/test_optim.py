@@ -8,7 +8,7 @@ import timm
 import torch
 
 from pipeline.recipe import TrainingRecipe
-from pipeline.training.losses import LOSSES
+from pipeline.training.losses import LOSSES, soft_targets
 from pipeline.training.optim import build_optimizer, learning_rate
 
 TRAINING = TrainingRecipe(epochs=10, global_batch_size=8, learning_rate=1.0, warmup_epochs=2, weight_decay=0.1)
@@ -25,8 +25,39 @@ def test_no_warmup_starts_at_the_full_rate():
     assert learning_rate(0, 4, dataclasses.replace(TRAINING, warmup_epochs=0)) == 1.0
 
 
+@pytest.mark.parametrize(("update", "rate"), [(3, 0.5), (8, 1.0), (24, 0.5), (39, 1 / 32)])
+def test_warmup_then_a_straight_line(update, rate):
+    assert learning_rate(update, 4, dataclasses.replace(TRAINING, schedule="linear")) == pytest.approx(rate)
+
+
+PUBLISHED_S = dataclasses.replace(
+    TRAINING, epochs=200, learning_rate=2.5e-4, warmup_epochs=0, schedule="step", step_epochs=30, step_factor=1.5
+)
+PUBLISHED_L = dataclasses.replace(
+    TRAINING, epochs=60, learning_rate=1e-3, warmup_epochs=15, warmup_learning_rate=2.5e-4, schedule="step", step_epochs=20, step_factor=2
+)
+
+
+@pytest.mark.parametrize(
+    ("training", "epoch", "rate"),
+    [
+        (PUBLISHED_S, 0, 2.5e-4),
+        (PUBLISHED_S, 29, 2.5e-4),
+        (PUBLISHED_S, 30, 2.5e-4 / 1.5),
+        (PUBLISHED_S, 199, 2.5e-4 / 1.5**6),
+        (PUBLISHED_L, 0, 2.5e-4 + 7.5e-4 / 60),
+        (PUBLISHED_L, 15, 1e-3),
+        (PUBLISHED_L, 19, 1e-3),
+        (PUBLISHED_L, 20, 5e-4),
+        (PUBLISHED_L, 59, 2.5e-4),
+    ],
+)
+def test_steps_of_the_published_configurations(training, epoch, rate):
+    assert learning_rate(4 * epoch, 4, training) == pytest.approx(rate)
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
-@pytest.mark.parametrize("model", ["coda_resnet20", "resnet20"])
+@pytest.mark.parametrize("model", ["coda_resnet20", "coda_s", "coda_resnet18", "resnet20"])
 def test_weight_decay_spares_biases_and_normalisation(optimizer, model):
     model = timm.create_model(model)
     built = build_optimizer(model, dataclasses.replace(TRAINING, optimizer=optimizer))
@@ -39,5 +70,17 @@ def test_weight_decay_spares_biases_and_normalisation(optimizer, model):
 def test_binary_cross_entropy_is_a_sum_over_classes_and_a_mean_over_images():
     logits = torch.tensor([[0.0, math.log(3)], [0.0, 0.0]])
     expected = ((math.log(2) + math.log(4 / 3)) + 2 * math.log(2)) / 2  # labels 1 and 0
-    assert LOSSES["bce"](logits, torch.tensor([1, 0])).item() == pytest.approx(expected)
-    assert LOSSES["cross_entropy"](logits, torch.tensor([1, 0])).item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
+    targets = soft_targets(torch.tensor([1, 0]), 2)
+    assert LOSSES["bce"](logits, targets).item() == pytest.approx(expected)
+    assert LOSSES["cross_entropy"](logits, targets).item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
+
+
+def test_smoothed_targets_spread_their_share_over_all_classes():
+    targets = soft_targets(torch.tensor([2, 0]), 4, smoothing=0.2)
+    assert targets.sum(1).tolist() == pytest.approx([1, 1])
+    assert targets[0].tolist() == pytest.approx([0.05, 0.05, 0.85, 0.05])
+
+
+def test_sgd_has_nesterovs_momentum():
+    built = build_optimizer(timm.create_model("resnet20"), dataclasses.replace(TRAINING, optimizer="sgd", momentum=0.8))
+    assert all(group["nesterov"] and group["momentum"] == 0.8 for group in built.param_groups)
