@@ -17,7 +17,7 @@ STORED = "recipe.yaml"  # name of the resolved recipe in a run folder and in an 
 
 Metric = Literal["accuracy", "completeness", "alignment", "localisation", "localisation_2x2", "pixel_removal", "depth"]
 _PostHoc = Literal["gradient", "input_x_gradient", "integrated_gradients", "guided_backprop", "deep_lift", "occlusion_5", "occlusion_9"]
-Method = Literal["contributions", _PostHoc, "gradcam"]
+Method = Literal["contributions", _PostHoc, "lime", "gradcam"]
 
 
 @dataclass(frozen=True)

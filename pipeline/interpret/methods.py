@@ -3,13 +3,16 @@
 Conventions of Böhle, Fritz, Schiele, arXiv 2109.13004 and its official code: every method attributes to what the network reads (for
 CoDA networks the six-channel encoding), keeps signs, and is summed over channels to one map; integrated gradients takes 20 steps from
 black; GradCAM has a ReLU and sits at the layer before the pooling; occlusion blanks windows of 5 or 9 pixels, 2 pixels apart, in all
-channels. Post-hoc methods see the network as it is, dynamic weights included, and not in explanation mode.
+channels. LIME (Ribeiro et al., arXiv 1602.04938) fits a ridge regression to 256 images in which each superpixel is blanked half of the
+time. Post-hoc methods see the network as it is, dynamic weights included, and not in explanation mode.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
+from captum._utils.models.linear_model import SkLearnRidge
 from captum.attr import (
     DeepLift,
     GuidedBackprop,
@@ -17,9 +20,11 @@ from captum.attr import (
     IntegratedGradients,
     LayerGradCam,
     LayerGradientXActivation,
+    Lime,
     Occlusion,
     Saliency,
 )
+from skimage.segmentation import slic
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,6 +33,8 @@ from pipeline.interpret.explain import Layer, explanation_mode, layer_contributi
 
 INTEGRATION_STEPS = 20
 OCCLUSION_STRIDE = 2
+LIME_IMAGES = 256  # perturbed ones of each image
+SUPERPIXEL = 64  # pixels of one, about
 IMAGES_AT_ONCE = 64  # of one forward pass where a method varies each image many times
 
 
@@ -91,6 +98,41 @@ def _occlusion(window: int) -> InputMethod:
     return attribute
 
 
+def superpixels(encoded: Tensor) -> Tensor:
+    """SLIC segments of one encoded image (1, C, H, W): their numbers from 0, (1, C, H, W) int64."""
+    colours = encoded[0, :3].permute(1, 2, 0).cpu().double().numpy()
+    wanted = max(2, colours[..., 0].size // SUPERPIXEL)
+    segments = torch.from_numpy(slic(colours, n_segments=wanted, start_label=0, channel_axis=-1))
+    return segments.unique(return_inverse=True)[1].to(encoded.device).expand(encoded.shape)
+
+
+def _lime(net: Encoded, encoded: Tensor, black: Tensor, targets: Tensor) -> Tensor:
+    return torch.stack([_lime_of_image(net, image[None], classes) for image, classes in zip(encoded, targets, strict=True)])
+
+
+def _lime_of_image(net: Encoded, encoded: Tensor, classes: Tensor) -> Tensor:
+    """(K, C, H, W) of one image (1, C, H, W). All classes see the same perturbed images, so these pass the network once."""
+    logits: list[Tensor] = []
+    segments, terms = superpixels(encoded), []
+    for target in classes.tolist():
+        generator, calls = torch.Generator().manual_seed(0), iter(range(LIME_IMAGES + 2))
+
+        def forward(images: Tensor, target: int = target, calls: Iterator[int] = calls) -> Tensor:
+            call = next(calls)
+            if call == len(logits):
+                logits.append(net(images).detach())
+            return logits[call][:, target]
+
+        def keep(_: Tensor, generator: torch.Generator = generator, **shape: Any) -> Tensor:
+            halves = torch.full((1, shape["num_interp_features"]), 0.5)
+            return torch.bernoulli(halves, generator=generator).to(encoded.device).long()
+
+        fit = Lime(forward, interpretable_model=SkLearnRidge(alpha=1.0), perturb_func=keep)
+        options = dict(feature_mask=segments, n_samples=LIME_IMAGES, perturbations_per_eval=IMAGES_AT_ONCE)
+        terms.append(fit.attribute(encoded, baselines=0, **options)[0])
+    return torch.stack(terms)
+
+
 INPUT_METHODS: dict[str, InputMethod] = {
     "gradient": _gradient,
     "input_x_gradient": _input_x_gradient,
@@ -99,6 +141,7 @@ INPUT_METHODS: dict[str, InputMethod] = {
     "deep_lift": _deep_lift,
     "occlusion_5": _occlusion(5),
     "occlusion_9": _occlusion(9),
+    "lime": _lime,
 }
 METHODS = ("contributions", *INPUT_METHODS, "gradcam")
 NEED_RELU = ("guided_backprop", "deep_lift")

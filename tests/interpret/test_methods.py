@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import pipeline  # noqa: F401  registers the CoDA models
 from pipeline.errors import UserError
 from pipeline.interpret.explain import explainable_layers, layer_contributions
-from pipeline.interpret.methods import BY_LAYER, METHODS, at_input_size, attribution_maps, check_method, own_place, places
+from pipeline.interpret.methods import BY_LAYER, LIME_IMAGES, METHODS, at_input_size, attribution_maps, check_method, own_place, places
 
 TARGETS = torch.tensor([[0, 2], [1, 0]])
 LINEAR = ["contributions", "input_x_gradient", "integrated_gradients"]
@@ -48,6 +48,28 @@ def test_occlusion_equals_its_definition(window):
             times[top : top + window, left : left + window] += 1
     found = attribution_maps(f"occlusion_{window}", model, images, TARGETS, [None])[None]
     torch.testing.assert_close(found.double(), 6 * total / times, rtol=1e-5, atol=1e-7)  # summed over 6 equal channels
+
+
+def test_lime_finds_the_part_of_each_superpixel():
+    """Of a linear model, whose parts are known; the ridge shrinks them a little. Another class costs no forward pass."""
+    corners = torch.tensor([[0.9, 0.1], [0.3, 0.6]]).double()
+    images = corners.repeat_interleave(8, 0).repeat_interleave(8, 1).expand(2, 3, 16, 16)
+    weight, passes = rand(3, 3, 16, 16) - 0.4, []
+    model = PlantedLinear(weight)
+    with model.register_forward_hook(lambda module, inputs, output: passes.append(len(output))):
+        found = (
+            attribution_maps("lime", model, images, TARGETS, [None])[None].double() / 3
+        )  # every channel shows the part of its superpixel
+    parts = (weight[TARGETS] * images[:, None]).sum(2)  # (B, K, 16, 16)
+    for top in (0, 8):
+        for left in (0, 8):
+            corner = found[:, :, top : top + 8, left : left + 8]
+            assert torch.equal(corner, corner[..., :1, :1].expand_as(corner))
+            expected = parts[:, :, top : top + 8, left : left + 8].sum((2, 3))
+            torch.testing.assert_close(corner[..., 0, 0], expected, rtol=0.05, atol=0.05 * float(parts.sum((2, 3)).abs().max()))
+    assert sum(passes) <= 2 * (LIME_IMAGES + 2)
+    again = attribution_maps("lime", model, images[:1], TARGETS[:1], [None])[None].double() / 3
+    assert torch.equal(again, found[:1])
 
 
 def test_integrated_gradients_start_from_black():
