@@ -167,7 +167,7 @@ def _pixel_removal(subject: Subject, method: str) -> Result:
 
     Images of fewer than 23 x 24 pixels have fewer points than 129: one for each pixel removed.
     """
-    side, world, place = subject.recipe.data.image_size, subject.world, own_place(method, subject.layers)
+    side, world, place = subject.recipe.data.evaluated_size, subject.world, own_place(method, subject.layers)
     points = min(REMOVAL_POINTS, int(REMOVED_SHARE * side * side) + 1)
     encode, forward_encoded, *_ = parts(subject.model)
     count, labels = min(subject.recipe.evaluation.removal_images, subject.loader.samples), subject.predicted.labels

@@ -41,7 +41,7 @@ class Explainer:
     def __init__(self, folder: Path, *, top_k: int = 3, wanted: str | None = None, all_layers: bool = False):
         export = find_export(folder)
         self.model: nn.Module = load_export(export)
-        self.classes, self.size = class_names(export), load_stored(export).data.image_size
+        self.classes, self.size = class_names(export), load_stored(export).data.evaluated_size
         if not 1 <= top_k <= len(self.classes):
             raise UserError(f"--top-k is {top_k}; {export} has {len(self.classes)} classes, so it must be between 1 and that")
         self.top_k, self.all_layers = top_k, all_layers

@@ -25,7 +25,7 @@ def export(model: nn.Module, recipe: Recipe, classes: Sequence[str], folder: Pat
     """Write ``model`` (weights on any device) to ``folder``, replacing an earlier export once the new one is complete."""
     temporary, replaced = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
-    size = recipe.data.image_size
+    size = recipe.data.evaluated_size
     config = {"label_names": list(classes), "pretrained_cfg": {"input_size": [3, size, size]}}
     save_for_hf(model, str(temporary), model_config=config, model_args=dict(recipe.model.args), safe_serialization=True)
     (temporary / STORED).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))

@@ -29,6 +29,15 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True)
+class ProgressiveRecipe:
+    """Training resolution that rises linearly from epoch to epoch, up to ``data.image_size``."""
+
+    start_size: int  # of the first epoch, in pixels
+    until: float = 0.8  # share of the epochs after which image_size is reached
+    step: int = 32  # sizes are image_size less a multiple of this
+
+
+@dataclass(frozen=True)
 class DataRecipe:
     """Where images come from, where the ``.beton`` files go, and how training images are augmented."""
 
@@ -40,6 +49,19 @@ class DataRecipe:
     workers: int = 2  # threads of each loader; never more than the processors this process may use
     flip: bool = False  # horizontal flip with probability 1/2
     crop_padding: int = 0  # random shift by up to this many pixels, zeros outside
+    rand_augment_operations: int = 0  # of torchvision's RandAugment on each image
+    rand_augment_magnitude: int = 9  # 0 to 30
+    color_jitter: float = 0.0  # brightness, contrast and saturation change by up to this share
+    random_erasing: float = 0.0  # probability that a rectangle of an image is erased
+    mixup_alpha: float = 0.0  # images are mixed in pairs, with Beta(alpha, alpha) distributed shares; 0: not
+    cutmix_alpha: float = 0.0  # as mixup_alpha, by pasting a rectangle; with both, each is done half of the time
+    progressive: ProgressiveRecipe | None = None  # lower resolutions in early epochs
+    eval_size: int | None = None  # side in pixels of evaluated images; None: image_size
+
+    @property
+    def evaluated_size(self) -> int:
+        """Side in pixels of the images that evaluation, export and explanations show the model."""
+        return self.eval_size or self.image_size
 
     @property
     def folder(self) -> Path:
@@ -202,6 +224,14 @@ def _check(recipe: Recipe, where: str) -> None:
         ("data.image_size", data.image_size, data.image_size > 0, "at least 1"),
         ("data.workers", data.workers, data.workers > 0, "at least 1"),
         ("data.crop_padding", data.crop_padding, 0 <= data.crop_padding < data.image_size, "between 0 and the image size"),
+        ("data.rand_augment_operations", data.rand_augment_operations, 0 <= data.rand_augment_operations <= 16, "between 0 and 16"),
+        ("data.rand_augment_magnitude", data.rand_augment_magnitude, 0 <= data.rand_augment_magnitude <= 30, "between 0 and 30"),
+        ("data.color_jitter", data.color_jitter, 0 <= data.color_jitter <= 1, "in [0, 1]"),
+        ("data.random_erasing", data.random_erasing, 0 <= data.random_erasing <= 1, "in [0, 1]"),
+        ("data.mixup_alpha", data.mixup_alpha, 0 <= data.mixup_alpha < float("inf"), "0 (off) or more"),
+        ("data.cutmix_alpha", data.cutmix_alpha, 0 <= data.cutmix_alpha < float("inf"), "0 (off) or more"),
+        ("data.eval_size", data.eval_size, data.eval_size is None or data.eval_size > 0, "at least 1"),
+        *_progressive_rules(data),
         ("training.epochs", training.epochs, training.epochs > 0, "at least 1"),
         ("training.global_batch_size", training.global_batch_size, training.global_batch_size > 0, "at least 1"),
         ("training.micro_batch_size", training.micro_batch_size, (training.micro_batch_size or 1) > 0, "at least 1"),
@@ -236,6 +266,17 @@ def _check(recipe: Recipe, where: str) -> None:
     for key, value, valid, remedy in rules:
         if not valid:
             raise UserError(f"{where}: {key} is {value!r}; it must be {remedy}")
+
+
+def _progressive_rules(data: DataRecipe) -> list[tuple[str, Any, bool, str]]:
+    if (progressive := data.progressive) is None:
+        return []
+    start, until, step = progressive.start_size, progressive.until, progressive.step
+    return [
+        ("data.progressive.start_size", start, 0 < start <= data.image_size, "between 1 and data.image_size"),
+        ("data.progressive.until", until, 0 < until <= 1, "above 0 and at most 1"),
+        ("data.progressive.step", step, 0 < step <= max(data.image_size - start, 1), "between 1 and the difference of the sizes"),
+    ]
 
 
 def _plain(value: Any) -> Any:

@@ -47,7 +47,7 @@ class Subject:
     @cached_property
     def layers(self) -> list[Layer]:
         """The layers that can be explained, from the output back to the input."""
-        size = self.recipe.data.image_size
+        size = self.recipe.data.evaluated_size
         return explainable_layers(self.model, torch.zeros(1, 3, size, size, device=self.world.device))
 
     def share(self, count: int) -> Tensor:

@@ -5,11 +5,15 @@ OOPSLA 2014) as a hash; random resized crops follow Szegedy et al. (arXiv 1409.4
 A box is (top, left, height, width) in pixels of the stored image.
 """
 
+from collections.abc import Callable
+
 import numpy as np
+
+from pipeline.recipe import DataRecipe
 
 CROP_AREA = (0.08, 1.0)  # share of the stored image's area
 CROP_ASPECT = (3 / 4, 4 / 3)  # width / height
-CROP_ATTEMPTS = 10
+ATTEMPTS = 10  # to find a random box that fits
 CENTRE_SHARE = 224 / 256  # side of the evaluation crop / shorter side of the stored image
 
 FLIP, SHIFT_DOWN, SHIFT_RIGHT, CROP = range(4)  # streams of independent random numbers; CROP and the following for the crops
@@ -35,6 +39,14 @@ def permutation(seed: int, epoch: int, samples: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(samples)
 
 
+def training_size(data: DataRecipe, epoch: int, epochs: int) -> int:
+    """Side in pixels of the training images of ``epoch``: rises linearly, in steps, where the recipe asks for that."""
+    if data.progressive is None:
+        return data.image_size
+    missing = (data.image_size - data.progressive.start_size) * max(0.0, 1 - epoch / (data.progressive.until * epochs))
+    return data.image_size - round(missing / data.progressive.step) * data.progressive.step
+
+
 def moves(seed: int, epoch: int, indices: np.ndarray, flip: bool, padding: int) -> np.ndarray:
     """(N, 3): whether to mirror (half of the images, if ``flip``), then by how much to move up and left: -padding .. padding pixels."""
     mirrored = uniform(seed, epoch, indices, FLIP) < 0.5 if flip else np.zeros(len(indices), bool)
@@ -56,20 +68,40 @@ def centre_boxes(heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
 def random_boxes(heights: np.ndarray, widths: np.ndarray, seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
     """(N, 4) boxes of random area, aspect ratio and place; the largest central one of valid aspect if no attempt fits."""
     low, high = CROP_ASPECT
+    boxes, found = fitting_boxes(
+        heights, widths, CROP_AREA, CROP_ASPECT, lambda stream, left: uniform(seed, epoch, indices[left], CROP + stream)
+    )
     box_widths = np.minimum(widths, np.maximum(np.round(heights * high), 1)).astype(np.int64)
     box_heights = np.minimum(heights, np.maximum(np.round(widths / low), 1)).astype(np.int64)
-    boxes = np.stack([(heights - box_heights) // 2, (widths - box_widths) // 2, box_heights, box_widths], axis=1)
-    left = np.arange(len(indices))  # positions without a box so far
-    for attempt in range(CROP_ATTEMPTS):
+    central = np.stack([(heights - box_heights) // 2, (widths - box_widths) // 2, box_heights, box_widths], axis=1)
+    return np.where(found[:, None], boxes, central)
+
+
+def fitting_boxes(
+    heights: np.ndarray,
+    widths: np.ndarray,
+    areas: tuple[float, float],
+    aspects: tuple[float, float],
+    draw: Callable[[int, np.ndarray], np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 4) boxes inside images of (N,) ``heights`` and ``widths``, and (N,) whether one of the attempts gave one.
+
+    The share of the area is uniform in ``areas``, the logarithm of width / height in that of ``aspects``, the place uniform.
+    ``draw(stream, left)`` gives numbers in [0, 1) for the images ``left``; streams 0 to 4 * ATTEMPTS - 1 are used.
+    """
+    boxes, found = np.zeros((len(heights), 4), np.int64), np.zeros(len(heights), bool)
+    (low, high), (least, most) = aspects, areas
+    for attempt in range(ATTEMPTS):
+        left = np.flatnonzero(~found)
+        if not len(left):
+            break
         height, width = heights[left], widths[left]
-        area, aspect, down, right = (uniform(seed, epoch, indices[left], CROP + 4 * attempt + draw) for draw in range(4))
-        area = height * width * (CROP_AREA[0] + area * (CROP_AREA[1] - CROP_AREA[0]))
+        area, aspect, down, right = (draw(4 * attempt + number, left) for number in range(4))
+        area = height * width * (least + area * (most - least))
         aspect = low * (high / low) ** aspect
         h, w = np.round(np.sqrt(area / aspect)).astype(np.int64), np.round(np.sqrt(area * aspect)).astype(np.int64)
         top, start = np.floor(down * (height - h + 1)).astype(np.int64), np.floor(right * (width - w + 1)).astype(np.int64)
         fits = (0 < h) & (h <= height) & (0 < w) & (w <= width)
         boxes[left[fits]] = np.stack([top, start, h, w], axis=1)[fits]
-        left = left[~fits]
-        if not len(left):
-            break
-    return boxes
+        found[left] = fits
+    return boxes, found

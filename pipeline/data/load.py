@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import numba
 import numpy as np
 import torch
 
-from pipeline.data import augment
+from pipeline.data import augment, transforms
 from pipeline.data.decode import FLIP, HEIGHT, PLAN_COLUMNS, StoredImages
 from pipeline.data.manifest import REMEDY, Manifest, open_manifest
 from pipeline.distributed import World
@@ -170,6 +171,13 @@ def train_loader(recipe: Recipe, world: World, micro_batch: int) -> EpochLoader:
             f"training.global_batch_size {global_batch} is not a multiple of micro batch {micro_batch} x {world.size} processes"
         )
 
+    mixing = data.mixup_alpha > 0 or data.cutmix_alpha > 0
+    if mixing and micro_batch % 2:
+        raise UserError(
+            f"data.mixup_alpha and cutmix_alpha mix neighbours, so micro batches must be even, but {global_batch} images on "
+            f"{world.size} processes are micro batches of {micro_batch}: choose training.micro_batch_size or the number of processes"
+        )
+
     def order(epoch: int) -> np.ndarray:
         shuffled = augment.permutation(seed, epoch, samples)[:whole]
         return shuffled.reshape(-1, world.size, micro_batch)[:, world.rank].reshape(-1)
@@ -180,10 +188,26 @@ def train_loader(recipe: Recipe, world: World, micro_batch: int) -> EpochLoader:
         return augment.random_boxes(heights, widths, seed, epoch, chosen)
 
     def moves(size: int, epoch: int, chosen: np.ndarray) -> np.ndarray:
-        return augment.moves(seed, epoch, chosen, data.flip, data.crop_padding)
+        return augment.moves(seed, epoch, chosen, data.flip, data.crop_padding * size // data.image_size)
+
+    def transform(batch: Batch, epoch: int) -> Batch:
+        draw = partial(augment.uniform, seed, epoch, batch.indices.numpy())
+        images, targets = batch.images, None
+        if data.rand_augment_operations:
+            images = transforms.rand_augment(images, data.rand_augment_operations, data.rand_augment_magnitude, draw)
+        if data.color_jitter:
+            images = transforms.color_jitter(images, data.color_jitter, draw)
+        if data.random_erasing:
+            images = transforms.random_erasing(images, data.random_erasing, draw)
+        if mixing:
+            images, targets = transforms.mix(images, batch.labels, len(manifest.classes), data.mixup_alpha, data.cutmix_alpha, draw)
+        return batch._replace(images=images, targets=targets)
+
+    def size(epoch: int) -> int:
+        return augment.training_size(data, epoch, recipe.training.epochs)
 
     path = data.folder / manifest.splits["train"].file
-    return EpochLoader(path, manifest, "train", micro_batch, data.workers, order, boxes, moves)
+    return EpochLoader(path, manifest, "train", micro_batch, data.workers, order, boxes, moves, transform, size)
 
 
 def eval_loader(recipe: Recipe, world: World, batch_size: int, split: str = "val") -> EpochLoader:
@@ -203,7 +227,8 @@ def eval_loader(recipe: Recipe, world: World, batch_size: int, split: str = "val
         return augment.whole_boxes(heights, widths) if manifest.fixed_size else augment.centre_boxes(heights, widths)
 
     path = recipe.data.folder / manifest.splits[split].file
-    return EpochLoader(path, manifest, split, batch_size, recipe.data.workers, order, boxes)
+    size = recipe.data.evaluated_size
+    return EpochLoader(path, manifest, split, batch_size, recipe.data.workers, order, boxes, size=lambda epoch: size)
 
 
 def threads(workers: int) -> int:

@@ -185,7 +185,8 @@ class Run:
             batch = next(batches)
             logits = self.engine(unit_range(batch.images, self.world.device)).float()
             labels = batch.labels.to(self.world.device)
-            loss = self.loss(logits, soft_targets(labels, logits.shape[1], self.recipe.training.label_smoothing))
+            classes = labels if batch.targets is None else batch.targets.to(self.world.device)
+            loss = self.loss(logits, soft_targets(classes, logits.shape[1], self.recipe.training.label_smoothing))
             if self.penalty:
                 loss = loss + self.penalty(labels, self.updates)
             self.engine.backward(loss)

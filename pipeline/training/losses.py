@@ -8,9 +8,13 @@ from torch import Tensor
 Loss = Callable[[Tensor, Tensor], Tensor]  # of logits (B, C) and targets (B, C)
 
 
-def soft_targets(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
-    """(B, C) float targets of ``labels`` (B,) int64: 1 for the label, of which ``smoothing`` is spread evenly over all classes."""
-    return F.one_hot(labels, num_classes).float().mul_(1 - smoothing).add_(smoothing / num_classes)
+def soft_targets(classes: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
+    """(B, C) float targets of ``classes``, labels (B,) int64 or, of mixed images, the share of each class (B, C).
+
+    Of each, ``smoothing`` is spread evenly over all classes.
+    """
+    shares = F.one_hot(classes, num_classes).float() if classes.ndim == 1 else classes
+    return shares.mul(1 - smoothing).add_(smoothing / num_classes)
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

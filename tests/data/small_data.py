@@ -9,9 +9,9 @@ from PIL import Image
 from pipeline.recipe import Recipe, from_dict
 
 
-def recipe(prepared: Path, global_batch_size: int = 64, seed: int = 0, **data: object) -> Recipe:
+def recipe(prepared: Path, global_batch_size: int = 64, seed: int = 0, epochs: int = 1, **data: object) -> Recipe:
     data = {"source": "digits", "image_size": 16, "workers": 1, "prepared": str(prepared), **data}
-    training = {"epochs": 1, "global_batch_size": global_batch_size, "learning_rate": 0.1}
+    training = {"epochs": epochs, "global_batch_size": global_batch_size, "learning_rate": 0.1}
     return from_dict({"name": "test", "model": {"name": "none"}, "data": data, "training": training, "seed": seed})
 
 

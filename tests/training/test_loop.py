@@ -45,6 +45,8 @@ def command(recipe, folder, processes=1):
 
 def test_killed_and_started_again_ends_as_if_it_had_never_stopped(prepared, tmp_path):
     changes = dict(model__name="coda_resnet20", model__args={"rank": 2}, training__epochs=3, training__checkpoint_every_updates=4)
+    changes |= dict(data__rand_augment_operations=1, data__color_jitter=0.3, data__mixup_alpha=0.2, data__cutmix_alpha=1.0)
+    changes |= dict(data__progressive={"start_size": 6, "until": 0.5, "step": 2}, data__eval_size=10)
     whole = small_recipe(prepared, name="whole", runs=str(tmp_path / "runs"), **changes)
     killed = small_recipe(prepared, name="killed", runs=str(tmp_path / "runs"), **changes)
     first = command(whole, tmp_path)
