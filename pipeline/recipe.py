@@ -47,6 +47,9 @@ class DataRecipe:
     prepared: str = "data"  # `coda prepare` writes train.beton, val.beton and manifest.json into <prepared>/<source>-<size>
     write_mode: Literal["raw", "jpg"] = "raw"
     workers: int = 2  # threads of each loader; never more than the processors this process may use
+    storage: Literal["page_cache", "stage_local"] = "page_cache"  # stage_local: each node reads from a copy on a disk of its own
+    scratch: str | None = None  # stage_local only: folder on that disk, such as $SLURM_TMPDIR; None: the system's temporary folder
+    shuffle_pages: int | None = None  # pages of the file that are shuffled at a time, where memory is short; None: the whole file
     flip: bool = False  # horizontal flip with probability 1/2
     crop_padding: int = 0  # random shift by up to this many pixels, zeros outside
     rand_augment_operations: int = 0  # of torchvision's RandAugment on each image
@@ -149,7 +152,7 @@ class Recipe:
 
     def identity(self) -> dict[str, Any]:
         """The values that decide the weights, by dotted key: a run is resumed only with the same ones."""
-        places = ("runs", "evaluation", "tracking", "data.path", "data.prepared", "data.workers")
+        places = ("runs", "evaluation", "tracking", "data.path", "data.prepared", "data.workers", "data.storage", "data.scratch")
         free = (*places, "training.micro_batch_size", "training.checkpoint_every_updates")
         return {key: value for key, value in flatten(self.to_dict()).items() if not key.startswith(free)}
 
@@ -231,6 +234,8 @@ def _check(recipe: Recipe, where: str) -> None:
         ("data.mixup_alpha", data.mixup_alpha, 0 <= data.mixup_alpha < float("inf"), "0 (off) or more"),
         ("data.cutmix_alpha", data.cutmix_alpha, 0 <= data.cutmix_alpha < float("inf"), "0 (off) or more"),
         ("data.eval_size", data.eval_size, data.eval_size is None or data.eval_size > 0, "at least 1"),
+        ("data.shuffle_pages", data.shuffle_pages, (data.shuffle_pages or 1) > 0, "at least 1"),
+        ("data.scratch", data.scratch, data.scratch is None or data.storage == "stage_local", "null, as data.storage is not stage_local"),
         *_progressive_rules(data),
         ("training.epochs", training.epochs, training.epochs > 0, "at least 1"),
         ("training.global_batch_size", training.global_batch_size, training.global_batch_size > 0, "at least 1"),

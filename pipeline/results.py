@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.load import EpochLoader, eval_loader, unit_range
+from pipeline.data.load import EpochLoader, unit_range
+from pipeline.data.loaders import eval_loader
 from pipeline.distributed import World, barrier, gather_across_ranks
 from pipeline.errors import UserError
 from pipeline.evaluate import Evaluation, evaluate, tasks

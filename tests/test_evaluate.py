@@ -10,7 +10,8 @@ import torch.multiprocessing as mp
 from recipes_for_tests import small_recipe
 from torch import nn
 
-from pipeline.data.load import eval_loader, unit_range
+from pipeline.data.load import unit_range
+from pipeline.data.loaders import eval_loader
 from pipeline.distributed import World, process_group
 from pipeline.evaluate import METRICS, evaluate
 from pipeline.interpret.methods import METHODS

@@ -39,6 +39,17 @@ def permutation(seed: int, epoch: int, samples: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(samples)
 
 
+def page_permutation(seed: int, epoch: int, pages: np.ndarray, window: int) -> np.ndarray:
+    """As ``permutation``, but ``window`` pages of the file at a time: (samples,) int64, for samples that lie in ``pages`` (samples,).
+
+    Pages come in random order, and the samples of a window of them are shuffled, so that only a window need be in memory.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    numbers, page = np.unique(pages, return_inverse=True)
+    windows = generator.permutation(len(numbers))[page] // window  # (samples,)
+    return np.lexsort((generator.random(len(pages)), windows))
+
+
 def training_size(data: DataRecipe, epoch: int, epochs: int) -> int:
     """Side in pixels of the training images of ``epoch``: rises linearly, in steps, where the recipe asks for that."""
     if data.progressive is None:

@@ -1,4 +1,4 @@
-"""Loaders: a prepared folder and a place in the world -> batches, in an order that no thread, rank or restart can change.
+"""Reading a .beton file: an order, boxes and moves for its images -> batches, epoch by epoch.
 
 The files, the JPEG decoder and the resizer are FFCV's; the loop around them is not its ``Loader``, which waits for ever after an
 error in its thread, hands out buffers that change later, draws random numbers that cannot be repeated, and pads or drops samples.
@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -19,12 +18,9 @@ import numba
 import numpy as np
 import torch
 
-from pipeline.data import augment, transforms
 from pipeline.data.decode import FLIP, HEIGHT, PLAN_COLUMNS, StoredImages
-from pipeline.data.manifest import REMEDY, Manifest, open_manifest
-from pipeline.distributed import World
+from pipeline.data.manifest import REMEDY, Manifest
 from pipeline.errors import UserError
-from pipeline.recipe import Recipe
 
 BATCHES_AHEAD = 3  # decoded or being decoded while the consumer works
 
@@ -150,96 +146,9 @@ class EpochLoader:
             raise RuntimeError(f"{self.path}: reading stopped: {error!r}") from error
 
 
-def train_loader(recipe: Recipe, world: World, micro_batch: int) -> EpochLoader:
-    """Shuffled and augmented training batches of ``micro_batch`` images for process ``world.rank``.
-
-    An epoch is a permutation of the samples, cut into global batches without the incomplete last one; micro batch k of rank r is
-    ``permutation[(k * world.size + r) * micro_batch :][:micro_batch]``, so every world size sees the same global batches.
-
-    Raises:
-        UserError: files missing, damaged or of another data set; fewer images than a global batch; micro batches that do not
-            add up to a global batch.
-    """
-    data, seed, global_batch = recipe.data, recipe.seed, recipe.training.global_batch_size
-    manifest = _manifest(recipe)
-    samples = manifest.splits["train"].samples
-    whole = samples // global_batch * global_batch
-    if not whole:
-        raise UserError(f"training.global_batch_size is {global_batch}, but {data.folder} has only {samples} training images")
-    if global_batch % (micro_batch * world.size):
-        raise UserError(
-            f"training.global_batch_size {global_batch} is not a multiple of micro batch {micro_batch} x {world.size} processes"
-        )
-
-    mixing = data.mixup_alpha > 0 or data.cutmix_alpha > 0
-    if mixing and micro_batch % 2:
-        raise UserError(
-            f"data.mixup_alpha and cutmix_alpha mix neighbours, so micro batches must be even, but {global_batch} images on "
-            f"{world.size} processes are micro batches of {micro_batch}: choose training.micro_batch_size or the number of processes"
-        )
-
-    def order(epoch: int) -> np.ndarray:
-        shuffled = augment.permutation(seed, epoch, samples)[:whole]
-        return shuffled.reshape(-1, world.size, micro_batch)[:, world.rank].reshape(-1)
-
-    def boxes(heights: np.ndarray, widths: np.ndarray, epoch: int, chosen: np.ndarray) -> np.ndarray:
-        if manifest.fixed_size:
-            return augment.whole_boxes(heights, widths)
-        return augment.random_boxes(heights, widths, seed, epoch, chosen)
-
-    def moves(size: int, epoch: int, chosen: np.ndarray) -> np.ndarray:
-        return augment.moves(seed, epoch, chosen, data.flip, data.crop_padding * size // data.image_size)
-
-    def transform(batch: Batch, epoch: int) -> Batch:
-        draw = partial(augment.uniform, seed, epoch, batch.indices.numpy())
-        images, targets = batch.images, None
-        if data.rand_augment_operations:
-            images = transforms.rand_augment(images, data.rand_augment_operations, data.rand_augment_magnitude, draw)
-        if data.color_jitter:
-            images = transforms.color_jitter(images, data.color_jitter, draw)
-        if data.random_erasing:
-            images = transforms.random_erasing(images, data.random_erasing, draw)
-        if mixing:
-            images, targets = transforms.mix(images, batch.labels, len(manifest.classes), data.mixup_alpha, data.cutmix_alpha, draw)
-        return batch._replace(images=images, targets=targets)
-
-    def size(epoch: int) -> int:
-        return augment.training_size(data, epoch, recipe.training.epochs)
-
-    path = data.folder / manifest.splits["train"].file
-    return EpochLoader(path, manifest, "train", micro_batch, data.workers, order, boxes, moves, transform, size)
-
-
-def eval_loader(recipe: Recipe, world: World, batch_size: int, split: str = "val") -> EpochLoader:
-    """Every image of ``split`` exactly once over all processes, unchanged and in order: rank r has the samples r, r + size, ...
-
-    Processes may have unequal numbers of batches: no collective may stand inside the loop over them.
-
-    Raises:
-        UserError: files missing, damaged or of another data set.
-    """
-    manifest = _manifest(recipe)
-
-    def order(epoch: int) -> np.ndarray:
-        return np.arange(world.rank, manifest.splits[split].samples, world.size)
-
-    def boxes(heights: np.ndarray, widths: np.ndarray, epoch: int, chosen: np.ndarray) -> np.ndarray:
-        return augment.whole_boxes(heights, widths) if manifest.fixed_size else augment.centre_boxes(heights, widths)
-
-    path = recipe.data.folder / manifest.splits[split].file
-    size = recipe.data.evaluated_size
-    return EpochLoader(path, manifest, split, batch_size, recipe.data.workers, order, boxes, size=lambda epoch: size)
-
-
 def threads(workers: int) -> int:
     """``workers``, but no more than the processors this process may use: FFCV refuses to start with more."""
     available = min(len(os.sched_getaffinity(0)), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     if workers > available:
         warnings.warn(f"data.workers is {workers}, but this process may use only {available} processors", stacklevel=2)
     return min(workers, available)
-
-
-def _manifest(recipe: Recipe) -> Manifest:
-    manifest = open_manifest(recipe.data.folder)
-    manifest.require(recipe.data)
-    return manifest

@@ -13,7 +13,9 @@ from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
 from pipeline.data import manifest
-from pipeline.data.load import Batch, eval_loader, train_loader, unit_range
+from pipeline.data.load import Batch, unit_range
+from pipeline.data.loaders import eval_loader, train_loader
+from pipeline.data.memory import require_memory
 from pipeline.data.write import prepare
 from pipeline.distributed import World, average_buffers, barrier, gather_across_ranks, job_tags, report, sum_across_ranks, together
 from pipeline.errors import UserError
@@ -95,6 +97,7 @@ class Run:
     def __init__(self, recipe: Recipe, world: World):
         self.recipe, self.world = recipe, world
         micro_batch, self.accumulation = recipe.micro_batch(world.size)
+        require_memory(recipe, world, micro_batch)
         self.batches = train_loader(recipe, world, micro_batch)
         self.validation = eval_loader(recipe, world, recipe.evaluation.batch_size)
         self.updates_per_epoch = self.batches.samples // recipe.training.global_batch_size

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.data import augment
-from pipeline.data.load import train_loader
+from pipeline.data.loaders import train_loader
 from pipeline.distributed import World
 
 INDICES = np.arange(20_000)

@@ -1,5 +1,6 @@
 """Loading: exact pixels, every image exactly once, and an order and augmentation that nothing but (seed, epoch) changes."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -10,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ffcv.types import HeaderType
 from small_data import damage, recipe
 
-from pipeline.data.load import Batch, eval_loader, threads, train_loader
+from pipeline.data.decode import StoredImages
+from pipeline.data.load import Batch, threads
+from pipeline.data.loaders import eval_loader, train_loader
 from pipeline.data.sources import open_source
 from pipeline.data.write import open_manifest
 from pipeline.distributed import World
@@ -59,14 +63,15 @@ def test_digits_come_back_pixel_by_pixel(digits, make_recipe):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_evaluation_sees_every_image_exactly_once(digits, make_recipe, size):
-    seen: list[int] = []
-    for rank in range(size):
-        batches = read(eval_loader(make_recipe(prepared=digits), World(rank, rank, size), 64))
-        indices = torch.cat([batch.indices for batch in batches]).tolist()
-        assert indices == list(range(rank, 360, size))
-        seen += indices
-    assert sorted(seen) == list(range(360))
+def test_evaluation_sees_every_image_exactly_once(digits, photos, make_recipe, size):
+    for made, split, count in ((make_recipe(prepared=digits), "train", 1437), (make_recipe(**photos), "val", 10)):
+        seen: list[int] = []
+        for rank in range(size):
+            batches = read(eval_loader(made, World(rank, rank, size), 64, split))
+            indices = torch.cat([batch.indices for batch in batches]).tolist()
+            assert indices == list(range(rank, count, size))
+            seen += indices
+        assert sorted(seen) == list(range(count))
 
 
 def test_restart_and_second_worker_change_nothing(digits, make_recipe, augmented):
@@ -84,9 +89,18 @@ def test_world_sizes_see_the_same_global_batches(digits, make_recipe, augmented)
         assert_equal([joined(order)], [batch])
 
 
-def test_start_continues_the_epoch(augmented):
+def test_start_continues_the_epoch_and_decodes_nothing_before(augmented, monkeypatch):
     loader, batches = augmented
+    decoded: list[int] = []
+    decode = StoredImages.decode
+
+    def counted(stored, samples, *others):
+        decoded.extend(samples.tolist())
+        decode(stored, samples, *others)
+
+    monkeypatch.setattr(StoredImages, "decode", counted)
     assert_equal(read(loader, 0, start=7), batches[7:])
+    assert decoded == torch.cat([batch.indices for batch in batches[7:]]).tolist()
     assert read(loader, 0, start=loader.batches_per_epoch) == []
     assert_equal(read(loader, 0), batches)
 
@@ -206,6 +220,50 @@ def test_manifest_identifies_the_files(digits, photos):
     assert open_manifest(digits / "digits-16").sha256 != open_manifest(Path(photos["prepared"]) / "imagefolder-48").sha256
 
 
-def test_importing_the_package_leaves_torch_its_threads():
-    code = "import torch; torch.set_num_threads(3); import pipeline.data; assert torch.get_num_threads() == 3"
-    subprocess.run([sys.executable, "-c", code], check=True)
+@pytest.mark.parametrize("damage", ["unfinished", "truncated"])
+def test_unfinished_and_truncated_files_are_refused(digits, make_recipe, tmp_path, damage):
+    shutil.copytree(digits, tmp_path / "prepared")
+    recipe = make_recipe(prepared=tmp_path / "prepared")
+    with (recipe.data.folder / "train.beton").open("r+b") as file:
+        if damage == "truncated":
+            file.truncate(file.seek(0, os.SEEK_END) - 1000)
+        else:
+            file.seek(HeaderType.fields["alloc_table_ptr"][1])
+            file.write(bytes(8))
+    with pytest.raises(UserError, match=damage):
+        train_loader(recipe, World(), 64)
+
+
+def test_another_process_loads_the_same_with_any_number_of_threads_from_code_that_is_compiled(digits, augmented):
+    """With four threads, then on one processor where four are asked for; compiled code is in numba's cache; torch keeps its threads."""
+    code = f"""
+import torch
+torch.set_num_threads(3)
+import hashlib, os, sys, warnings
+import pipeline.data
+assert torch.get_num_threads() == 3
+from pathlib import Path
+from small_data import recipe
+from pipeline.data import load
+from pipeline.data.decode import _decode
+from pipeline.data.loaders import train_loader
+from pipeline.distributed import World
+
+def show():
+    loader = train_loader(recipe(Path({str(digits)!r}), workers=4, **{AUGMENTED!r}), World(), 64)
+    with loader.epoch(0) as batches:
+        print(hashlib.sha256(b"".join(batch.images.numpy().tobytes() for batch in batches)).hexdigest())
+
+limited, load.threads = load.threads, lambda workers: workers
+show()
+load.threads = limited
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+with warnings.catch_warnings(record=True) as caught:
+    show()
+print("only 1 processors" in str(caught[0].message), sum(_decode.stats.cache_hits.values()), sum(_decode.stats.cache_misses.values()))
+"""
+    path = ":".join(map(str, (Path(__file__).parent, Path(__file__).parents[2])))
+    environment = {**os.environ, "PYTHONPATH": path, "NUMBA_NUM_THREADS": "4"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    expected = hashlib.sha256(b"".join(batch.images.numpy().tobytes() for batch in augmented[1])).hexdigest()
+    assert run.stdout.split() == [expected, expected, "True", "1", "0"], run.stderr

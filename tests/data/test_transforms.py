@@ -9,7 +9,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from pipeline.data import augment, transforms
-from pipeline.data.load import Batch, eval_loader, train_loader
+from pipeline.data.load import Batch
+from pipeline.data.loaders import eval_loader, train_loader
 from pipeline.data.transforms import color_jitter, mix, rand_augment, random_erasing
 from pipeline.distributed import World
 from pipeline.errors import UserError

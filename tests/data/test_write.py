@@ -13,7 +13,7 @@ import pytest
 import torch
 from small_data import write_images
 
-from pipeline.data.load import train_loader
+from pipeline.data.loaders import train_loader
 from pipeline.data.manifest import measure
 from pipeline.data.sources import SOURCES, Split, open_source
 from pipeline.data.write import open_manifest, prepare

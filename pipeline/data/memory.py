@@ -1,0 +1,100 @@
+"""Whether the batches that loaders make fit into the memory of the node, before one is made.
+
+Files are mapped, so pages that were read stay in the page cache, once for all processes of a node, as long as there is room.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.data.decode import layout
+from pipeline.data.load import BATCHES_AHEAD
+from pipeline.data.manifest import open_manifest
+from pipeline.distributed import World, gather_across_ranks
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+
+TABLE_BYTES = 128  # per stored image and loader: FFCV's tables of it (45), our copies (48), and an epoch's order
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What loading will take on one node, in bytes."""
+
+    per_process: int  # batches in flight, images being decoded, tables
+    processes: int
+    page_cache: int  # of all processes together; the kernel gives it up where memory is short
+
+    def __str__(self) -> str:
+        total = self.per_process * self.processes
+        return f"{total / 1e9:.2f} GB ({self.processes} x {self.per_process / 1e9:.2f}), and {self.page_cache / 1e9:.2f} GB of page cache"
+
+
+def estimate(recipe: Recipe, micro_batch: int, processes: int) -> Memory:
+    """What the loaders of ``processes`` processes on a node will take, from the manifest and the files' headers."""
+    data, manifest = recipe.data, open_manifest(recipe.data.folder)
+    batches = ((micro_batch, data.image_size), (recipe.evaluation.batch_size, data.evaluated_size))
+    in_flight = sum((BATCHES_AHEAD + 2) * count * size * size * 3 for count, size in batches)
+    files = [data.folder / split.file for split in manifest.splits.values()]
+    pages, images = zip(*map(layout, files), strict=True)
+    decoding = data.workers * sum(images)
+    tables = sum(split.samples for split in manifest.splits.values()) * TABLE_BYTES
+    cache = sum(split.bytes for split in manifest.splits.values())
+    if data.shuffle_pages:
+        cache = min(cache, 2 * data.shuffle_pages * max(pages))
+    return Memory(in_flight + decoding + tables, processes, cache)
+
+
+def require_memory(recipe: Recipe, world: World, micro_batch: int) -> None:
+    """Say what loading will take on each node. Every process must call it, before it makes loaders.
+
+    Raises:
+        UserError: on every process, if there is a node that does not have as much.
+    """
+    node = os.uname().nodename
+    processes = gather_across_ranks(node).count(node)
+    needed, available = estimate(recipe, micro_batch, processes), available_bytes()
+    too_much = needed.per_process * processes > available
+    for name, short, text, there in gather_across_ranks((node, too_much, str(needed), available)):
+        if short:
+            raise UserError(
+                f"node {name}: loading needs {text}, but only {there / 1e9:.2f} GB of memory are available; "
+                "lower training.micro_batch_size, evaluation.batch_size or the number of processes per node"
+            )
+    if world.is_main:
+        print(f"loading needs {needed}; {available / 1e9:.2f} GB are available", file=sys.stderr)
+        if needed.per_process * processes + needed.page_cache > available:
+            print(
+                "the data does not fit into the page cache: every epoch will read it anew; data.shuffle_pages makes that faster, "
+                "by reading whole pages",
+                file=sys.stderr,
+            )
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory that this process can still get: the machine's, or what is left of the limit of a control group, such as a Slurm job's."""
+    kilobytes = re.search(r"^MemAvailable:\s*(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE)
+    assert kilobytes
+    return min(int(kilobytes[1]) * 1024, *_left_in_groups(root), sys.maxsize)
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, place = line.split(":", 2)
+        if controllers == "":  # version 2
+            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = base / place.lstrip("/")
+        while group.is_relative_to(base):
+            with suppress(OSError, ValueError):  # no limit is "max", and a namespace may hide the folder
+                limit, used = (int((group / name).read_text()) for name in names[:2])
+                cached = re.search(rf"^{names[2]} (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+                yield max(0, limit - used + (int(cached[1]) if cached else 0))
+            group = group.parent

@@ -1,0 +1,75 @@
+"""Where a job reads its .beton files from: where they were prepared, or a copy on the disk of the node."""
+
+import fcntl
+import os
+import shutil
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pipeline.data.manifest import Manifest, measure, publish
+from pipeline.errors import UserError
+from pipeline.recipe import DataRecipe
+
+CHUNK = 1 << 24  # bytes copied at a time
+SPARE = 1 << 28  # bytes left free on the node's disk
+
+
+def readable_file(data: DataRecipe, manifest: Manifest, split: str) -> Path:
+    """The .beton file of ``split``: with ``storage: stage_local`` a copy on the node's disk, made by the first process that asks.
+
+    A copy that is there and whole is used again, as after a requeue on the same node.
+
+    Raises:
+        UserError: ``data.scratch`` cannot be written, or has no room.
+    """
+    original, wanted = data.folder / manifest.splits[split].file, manifest.splits[split]
+    if data.storage == "page_cache":
+        return original
+    folder = _scratch(data) / f"coda-{os.getuid()}" / manifest.sha256[:16]
+    copy = folder / wanted.file
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of the node wait here for the first
+            if not _is_whole(copy, (wanted.bytes, wanted.samples, wanted.tables_sha256)):
+                copy.unlink(missing_ok=True)
+                _copy(original, copy, wanted.bytes)
+    except OSError as error:
+        raise UserError(f"{copy}: the data cannot be staged ({error.strerror or error}); choose another data.scratch") from error
+    return copy
+
+
+def _scratch(data: DataRecipe) -> Path:
+    place = os.path.expandvars(data.scratch or tempfile.gettempdir())
+    if "$" in place:
+        raise UserError(f"data.scratch is {data.scratch!r}, but that environment variable is not set on this node")
+    return Path(place)
+
+
+def _is_whole(path: Path, wanted: tuple[int, int, str]) -> bool:
+    with suppress(UserError):
+        return measure(path) == wanted
+    return False
+
+
+def _copy(source: Path, target: Path, size: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if free < size + SPARE:
+        raise UserError(
+            f"{target.parent}: has {free / 1e9:.1f} GB free and {source.name} needs {size / 1e9:.1f}; "
+            "choose another data.scratch, or data.storage=page_cache"
+        )
+    temporary = target.with_name(f"{target.name}.tmp")
+    try:
+        with source.open("rb") as reading, temporary.open("wb") as writing:
+            with tqdm(total=size, desc=f"staging {source.name}", unit="B", unit_scale=True, file=sys.stderr) as bar:
+                while block := reading.read(CHUNK):
+                    writing.write(block)
+                    bar.update(len(block))
+        publish(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
