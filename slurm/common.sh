@@ -101,8 +101,11 @@ verdict() { # CODE STATE FOLDER RESTARTS
 
 # End the job with CODE, or have Slurm start it again. After scancel Slurm has killed this shell: nothing is requeued then.
 end_job() { # CODE
-    local code=$1 job what
-    job=$(scontrol show job "$SLURM_JOB_ID")
+    local code=$1 number=$SLURM_JOB_ID job what
+    if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then # one element has the number of the whole array
+        number=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    fi
+    job=$(scontrol show job "$number")
     if [[ $job =~ PreemptTime=[0-9] ]]; then # Slurm would not requeue a job that ends early when it is asked to go
         touch "$logs/$attempt/preempted"
     fi
@@ -114,7 +117,7 @@ end_job() { # CODE
     stuck) echo "3 attempts have saved nothing new: see $logs and first_error.txt in the run's folder; then submit again" ;;
     enough) echo "started again ${CODA_MAX_RESTARTS:-100} times (CODA_MAX_RESTARTS): submit again to go on" ;;
     requeue)
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$number"
         sleep 300 # until Slurm ends this shell
         ;;
     esac
