@@ -62,7 +62,7 @@ for _stat in ("", "_q25", "_median", "_q75"):
     METRICS[f"interp/localisation_junction{_stat}"] = (_meaning, _EPOCH)
 _VALUE_LENGTH = 6000  # characters of a parameter
 _SEND_SECONDS, _BACK_OFF_SECONDS = 2.0, 60.0  # between two looks at the journal: normally, and at most after failures
-_CLOSE_SECONDS = 60.0
+_CLOSE_SECONDS, _LEAVE_SECONDS = 60.0, 3.0  # for MLflow at the end of a finished run; of one that is left for its next start
 _DISTRIBUTIONS = ("coda-pipeline", "torch", "timm", "deepspeed", "ffcv", "mlflow")
 
 
@@ -106,7 +106,7 @@ class Tracker:
         return True
 
     def close(self, status: str = "FINISHED") -> None:
-        """End the run as FINISHED, FAILED or KILLED; waits for MLflow, but not for long. A second call does nothing."""
+        """End the run as FINISHED, FAILED or KILLED; waits for MLflow, a finished run longer. A second call does nothing."""
 
     def history(self) -> dict[tuple[str, int], float]:
         """All metrics of the run since its first start: (name, step) -> value."""
@@ -232,7 +232,7 @@ class _JournalTracker(Tracker):
         if self._closed:
             return
         self._journal.append("status", {"status": status})
-        if not self.flush(_CLOSE_SECONDS):
+        if not self.flush(_CLOSE_SECONDS if status == "FINISHED" else _LEAVE_SECONDS):
             log.warning("MLflow does not have all of this run yet; `coda sync %s` sends the rest", self._folder)
         self._closed = True
         self._requests.put(None)

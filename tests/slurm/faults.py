@@ -29,9 +29,9 @@ from pipeline.data.write import prepare
 from pipeline.recipe import Recipe
 
 ONE_PROCESS_A_NODE = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
-UPDATES_AN_EPOCH = 11
+UPDATES_AN_EPOCH, EPOCHS_AN_EVALUATION = 11, 2
 UPDATES_BETWEEN = 14  # updates from one event to the next, at most
-UPDATES_AN_EVENT, UPDATES_AT_A_TIME_LIMIT = 20, 300  # that a training may do until an event has ended it
+UPDATES_AN_EVENT, UPDATES_AT_A_TIME_LIMIT = 20, 240  # that a training does until an event has ended it, ample on average
 
 TIMEOUT_SECONDS = 30  # for which a process waits for the other
 
@@ -155,7 +155,8 @@ def ask_during_save(training: Training) -> Iterator[None]:
 def ask_during_evaluation(training: Training) -> Iterator[None]:
     """Right after the checkpoint of an epoch, which the evaluation follows."""
     process, saved = training.one(), training.saved
-    training.job.wait(lambda: training.saved > saved and not training.saved % UPDATES_AN_EPOCH, "an epoch's end", every=0.001)
+    every = UPDATES_AN_EPOCH * EPOCHS_AN_EVALUATION
+    training.job.wait(lambda: training.saved > saved and not training.saved % every, "an evaluation", every=0.001)
     os.kill(process, signal.SIGUSR1)
     yield
 
@@ -286,8 +287,13 @@ def campaign(
     table = []
 
     def begin(name: str, disk: Path) -> Training:
-        changes = dict(training__epochs=-(-updates // UPDATES_AN_EPOCH), training__checkpoint_every_updates=3)
-        recipe = recipe_of(name=name, runs=str(disk / "runs"), tracking__uri=f"sqlite:///{folder / name}.db", **changes)
+        changes = dict(
+            training__epochs=-(-updates // UPDATES_AN_EPOCH),
+            training__checkpoint_every_updates=3,
+            evaluation__every_epochs=EPOCHS_AN_EVALUATION,
+            tracking__uri=f"sqlite:///{folder / name}.db",
+        )
+        recipe = recipe_of(name=name, runs=str(disk / "runs"), **changes)
         return start(slurm, recipe, random.Random(seed), disk)
 
     whole = begin("whole", folder)
