@@ -1,11 +1,12 @@
 """The job scripts: what they decide, by a table; what Slurm does with them, on a real cluster."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from local_slurm import ROOT
+from local_slurm import ROOT, Job
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 
@@ -91,6 +92,9 @@ def test_requests_are_accepted_as_they_are(slurm, script):
 PROGRAM = """#!/usr/bin/env python3
 # Stands where the interpreter stands: reports as a training does, so that the script is tested without one.
 import os, signal, sys, time
+print("started as", *sys.argv[3:], flush=True)
+if {fails_first!r} in sys.argv and "SLURM_RESTART_COUNT" not in os.environ:
+    os.kill(os.getpid(), signal.SIGKILL)
 if os.environ["SLURM_PROCID"] == "0":
     with open(os.environ["CODA_REPORTS"] + "/events-0", "a") as file:
         file.write({event!r})
@@ -101,12 +105,20 @@ sys.exit({code})
 """
 
 
-def job_of(slurm, program, **values):
+SMALL = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
+
+
+def stand_in(slurm, program, *, fails_first="", **values):
+    """Let jobs run PROGRAM; where it is called with the word ``fails_first``, its first attempt dies."""
     program_file = Path(slurm.submit_folder) / f"{program}.py"
-    program_file.write_text(PROGRAM.format(**values))
+    program_file.write_text(PROGRAM.format(fails_first=fails_first, **values))
     program_file.chmod(0o755)
     slurm.environment["CODA_PYTHON"] = str(program_file)
-    return slurm.submit("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "slurm/imagenet_coda.sh")
+
+
+def job_of(slurm, program, **values):
+    stand_in(slurm, program, **values)
+    return slurm.submit(*SMALL, "slurm/imagenet_coda.sh")
 
 
 @pytest.fixture
@@ -130,4 +142,20 @@ def test_a_mistake_is_said_once_and_not_repeated(slurm, python):
     job = job_of(slurm, "mistaken", event="mistake 0\n", seconds=0, code=2)
     job.wait_for_end(60)
     assert (job.state, job.restarts) == ("FAILED", 0)
-    assert job.log.endswith("ended with code 2: mistake\ncoda: what is wrong\n")
+    assert re.search(r"ended with code (2|143): mistake\ncoda: what is wrong\n$", job.log)  # 143: the other process was terminated
+
+
+@pytest.mark.slurm
+def test_a_sweep_is_one_array_whose_elements_are_requeued_alone(slurm, python):
+    stand_in(slurm, "swept", fails_first="model.args.rank=3", event="finished 0\n", seconds=0, code=0)
+    said = slurm.run("slurm/sweep.sh", "recipes/tiny.yaml", "model.args.rank=2,3", "--", *SMALL)
+    number = re.search(r"Submitted batch job (\d+)", said)[1]
+    elements = [Job(slurm, f"{number}_{index}") for index in range(2)]
+    for element in elements:
+        element.wait_for_end(60)
+    assert [(element.state, element.restarts) for element in elements] == [("COMPLETED", 0), ("COMPLETED", 1)]
+    assert elements[1].field("JobId") == number  # Slurm gives one element, the last, the number of the whole array
+    for element, rank in zip(elements, (2, 3), strict=True):
+        log = slurm.submit_folder / "logs" / element.field("JobId") / str(element.restarts) / "rank-0.log"
+        said = f"started as train recipes/tiny.yaml model.args.rank={rank} name=tiny-{rank} tracking.experiment=tiny-sweep"
+        assert log.read_text().startswith(said)
