@@ -1,8 +1,7 @@
 """Data that many tests share."""
 
-import sys
-
 import pytest
+from processes import forget_process_groups
 from recipes_for_tests import small_recipe
 
 
@@ -17,14 +16,7 @@ def prepared(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def forget_process_groups():
-    """Each test may open a process group of its own; DeepSpeed remembers the one of its first engine for good."""
+def own_process_groups():
+    """Each test may open a process group of its own."""
     yield
-    if "deepspeed" in sys.modules:
-        import deepspeed
-        from torch.distributed import ProcessGroup
-
-        for name, value in vars(deepspeed.utils.groups).items():
-            if isinstance(value, ProcessGroup):
-                setattr(deepspeed.utils.groups, name, None)
-        deepspeed.comm.comm.cdb = None
+    forget_process_groups()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.multiprocessing as mp
+from processes import run_on, stand_as
 from torch import nn
 
 from pipeline.distributed import (
@@ -104,10 +105,8 @@ def test_reports_go_to_the_job_script(monkeypatch, tmp_path):
     assert (tmp_path / "events-1").read_text() == "saved 4\nstopped 0\n"
 
 
-def _member(rank, port, results):
-    import os
-
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _member(rank, size, port, results):
+    stand_as(rank, size, port)
     with process_group(timeout_seconds=60) as world:
         norm = nn.BatchNorm2d(1)
         norm.running_mean.fill_(rank)
@@ -125,13 +124,8 @@ def _fail_on(failing, rank):
 
 
 def test_collectives_of_two_processes():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     results = mp.get_context("spawn").SimpleQueue()
-    mp.start_processes(_member, args=(port, results), nprocs=2, start_method="spawn")
+    run_on(2, _member, results)
     seen = sorted(results.get() for _ in range(2))
     failure = "disk of 1 is full"  # on both, so that none waits for the other
     assert seen == [(0, True, 3.0, ["r0", "r1"], 0.5, failure), (1, False, 3.0, ["r0", "r1"], 0.5, failure)]

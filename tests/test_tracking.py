@@ -307,22 +307,23 @@ def test_dead_server_costs_nothing_and_sync_brings_everything_later(store, tmp_p
     assert sync(moved) == 0
 
 
-def test_silent_server_does_not_slow_training(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+def test_silent_server_slows_neither_training_nor_its_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     folder = tmp_path / "run"
     with socket.socket() as black_hole:
         black_hole.bind(("127.0.0.1", 0))
         black_hole.listen()
         tracker = open_tracker(make_recipe(folder, f"http://127.0.0.1:{black_hole.getsockname()[1]}"), folder, World())
-        black_hole.accept()  # the sender is in the middle of a request that nobody answers
+        connection, _ = black_hole.accept()  # the sender is in the middle of a request that nobody answers
         start = time.monotonic()
         for step in range(1000):
             tracker.metrics({"train/loss": 1.0}, step)
         assert time.monotonic() - start < 1
         assert not tracker.flush(0.5) and time.monotonic() - start < 3
-        tracker.close("KILLED")
-        assert time.monotonic() - start < 25
+        tracker.close("KILLED")  # as after the death of another process, which must end all of them within 15 s
+        assert time.monotonic() - start < 10
+        connection.close()
     assert len(journal(folder, "metric")) == 1000 and journal(folder, "status")[-1]["value"] == "KILLED"
 
 

@@ -4,16 +4,15 @@ import json
 import os
 import re
 import resource
-import socket
 
 import pytest
 import timm
 import torch
-import torch.multiprocessing as mp
+from processes import forget_process_groups, free_port, run_on, stand_as
 from recipes_for_tests import small_recipe
 from safetensors.torch import save_file
 
-from pipeline.distributed import process_group
+from pipeline.distributed import gather_across_ranks, process_group
 from pipeline.errors import UserError
 from pipeline.training.checkpoint import newest_model
 from pipeline.training.lease import Lease
@@ -42,14 +41,28 @@ def build(folder, world, **changes):
     return run
 
 
+def statistics(run):
+    """Batch norm statistics of this process: (model or its average, name) -> values."""
+    modules = {"model": run.engine.module, "average": run.average}
+    return {(key, name): buffer.clone() for key, module in modules.items() for name, buffer in module.named_buffers() if "running" in name}
+
+
 def _resumed_equals_uninterrupted(rank, size, port, folder, runs, stage):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    stand_as(rank, size, port)
     changes = dict(runs=str(runs), training__zero_stage=stage, model__name="coda_resnet20", model__args={"rank": 2})
     changes |= dict(training__weight_average=0.9, training__label_smoothing=0.1)
     with process_group(timeout_seconds=120) as world:
         whole = build(folder, world, **changes)
         updates(whole, 2)
+        before = statistics(whole)
         whole.checkpoints.save(whole.engine, whole.updates, whole.average)
+        own, other = gather_across_ranks(before)
+        stored = torch.load(whole.checkpoints.folder / "update-2" / "model.pt", weights_only=True)
+        for (key, name), kept in statistics(whole).items():
+            one, two = own[key, name], other[key, name]
+            assert not torch.equal(one, two)
+            torch.testing.assert_close(stored[key][name], (one + two) / 2)
+            assert torch.equal(kept, before[key, name])  # for going on
         updates(whole, 3)
         torch.manual_seed(rank + 99)
         parted = build(folder, world, **changes)
@@ -67,44 +80,61 @@ def again(run):
     return other
 
 
-def run_on_two(function, *arguments):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(function, args=(2, port, *arguments), nprocs=2, start_method="spawn")
-
-
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_resumed_equals_uninterrupted_bitwise_on_two_processes(prepared, tmp_path, stage):
-    run_on_two(_resumed_equals_uninterrupted, prepared, tmp_path, stage)
+    run_on(2, _resumed_equals_uninterrupted, prepared, tmp_path, stage)
 
 
-def _resumed_on_two(rank, size, port, folder, runs):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _evaluated(rank, size, port, folder, runs):
+    from pipeline.training import loop
+
+    seen, evaluate = [], loop.evaluate
+
+    def watched(model, *arguments):
+        seen.append([buffer.clone() for buffer in model.buffers() if buffer.is_floating_point()])
+        return evaluate(model, *arguments)
+
+    loop.evaluate = watched
+    stand_as(rank, size, port)
+    recipe = small_recipe(folder, runs=str(runs), model__name="coda_resnet20", model__args={"rank": 2}, training__epochs=3)
     with process_group(timeout_seconds=120) as world:
-        two = build(folder, world, runs=str(runs), **WITHOUT_BATCH_NORM)
-        assert two.updates == 2
-        updates(two, 2)
-        two.checkpoints.save(two.engine, two.updates)
+        loop.train(recipe, world)
+        one, other = gather_across_ranks(seen)
+    assert len(one) == 2  # after two epochs; the last evaluation is of the export
+    assert all(torch.equal(a, b) for epochs in zip(one, other, strict=True) for a, b in zip(*epochs, strict=True))
+
+
+def test_every_evaluation_sees_the_same_statistics_on_two_processes(prepared, tmp_path):
+    run_on(2, _evaluated, prepared, tmp_path)
 
 
 WITHOUT_BATCH_NORM = {"training__optimizer": "sgd", "training__learning_rate": 0.5}  # the small recipe's model has none
+WORLDS = (1, 2, 4, 2, 1)
+
+
+def _through_worlds(rank, _, __, ports, folder, runs):
+    """Two updates in each of the worlds that this process belongs to."""
+    for turn, (size, port) in enumerate(zip(WORLDS, ports, strict=True)):
+        if rank < size:
+            stand_as(rank, size, port)
+            with process_group(timeout_seconds=120) as world:
+                run = build(folder, world, runs=str(runs), **WITHOUT_BATCH_NORM)
+                assert run.updates == 2 * turn
+                updates(run, 2)
+                run.checkpoints.save(run.engine, run.updates, run.average)
+            forget_process_groups()
 
 
 def test_resumed_on_other_numbers_of_processes_within_rounding(prepared, tmp_path):
-    """1 -> 2 -> 1 processes with the same global batch, against 1 throughout."""
+    """1 -> 2 -> 4 -> 2 -> 1 processes with the same global batch, against 1 throughout."""
+    run_on(max(WORLDS), _through_worlds, [free_port() for _ in WORLDS], prepared, tmp_path / "parted")
     with process_group() as world:
         whole = build(prepared, world, runs=str(tmp_path / "whole"), **WITHOUT_BATCH_NORM)
         before = weights(whole)
-        updates(whole, 6)
+        updates(whole, 2 * len(WORLDS))
         parted = build(prepared, world, runs=str(tmp_path / "parted"), **WITHOUT_BATCH_NORM)
-        updates(parted, 2)
-        parted.checkpoints.save(parted.engine, parted.updates)
-        run_on_two(_resumed_on_two, prepared, tmp_path / "parted")
-        again = build(prepared, world, runs=str(tmp_path / "parted"), **WITHOUT_BATCH_NORM)
-        assert again.updates == 4
-        updates(again, 2)
-    difference = max((a - b).abs().max().item() for a, b in zip(weights(whole), weights(again), strict=True))
+        assert parted.updates == whole.updates
+    difference = max((a - b).abs().max().item() for a, b in zip(weights(whole), weights(parted), strict=True))
     moved = max((a - b).abs().max().item() for a, b in zip(weights(whole), before, strict=True))
     assert moved > 1e-3 and difference < 1e-6
 
@@ -116,7 +146,7 @@ def saved(prepared, tmp_path):
         run = build(prepared, world, runs=str(tmp_path))
         for _ in range(2):
             updates(run, 1)
-            run.checkpoints.save(run.engine, run.updates)
+            run.checkpoints.save(run.engine, run.updates, run.average)
         yield run
 
 
@@ -135,7 +165,7 @@ def test_weights_that_a_training_began_with_are_needed_only_once(prepared, tmp_p
     with process_group() as world:
         run = build(prepared, world, **changes)
         updates(run, 1)
-        run.checkpoints.save(run.engine, run.updates)
+        run.checkpoints.save(run.engine, run.updates, run.average)
         source.unlink()
         resumed = again(run)
         assert resumed.updates == 1
