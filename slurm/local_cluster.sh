@@ -70,7 +70,7 @@ NodeName=n2 NodeAddr=$network.12 Port=$((port + 1)) CPUs=32 RealMemory=256000 Gr
     [ -s "$folder/munge.key" ] || (umask 077 && head -c 1024 /dev/urandom >"$folder/munge.key")
     echo "NodeName=n[1-2] Name=gpu File=$folder/gpu[0-3]" >"$folder/gres.conf"
     # cred_expire: a requeued job may start that many seconds later (Slurm's default means 121). MinJobAge: an ended job is shown
-    # for a day. config_overrides: the nodes claim more processors than there are.
+    # for a day. config_overrides: the nodes claim more processors than there are. MessageTimeout: above KillWait, see docs/slurm.md.
     cat >"$folder/slurm.conf" <<CONF
 ClusterName=local
 SlurmctldHost=$host($address)
@@ -98,6 +98,7 @@ SlurmctldTimeout=30
 MinJobAge=86400
 SlurmdTimeout=20
 KillWait=10
+MessageTimeout=30
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 GresTypes=gpu

@@ -29,7 +29,7 @@ from pipeline.data.write import prepare
 from pipeline.recipe import Recipe
 
 ONE_PROCESS_A_NODE = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
-UPDATES_AN_EPOCH, EPOCHS_AN_EVALUATION = 11, 2
+UPDATES_AN_EPOCH, EPOCHS_AN_EVALUATION = 11, 4
 UPDATES_BETWEEN = 14  # updates from one event to the next, at most
 UPDATES_AN_EVENT, UPDATES_AT_A_TIME_LIMIT = 20, 240  # that a training does until an event has ended it, ample on average
 
