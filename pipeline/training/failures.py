@@ -21,7 +21,7 @@ def first_error(folder: Path, world: World, stop: Stop) -> Iterator[None]:
     """Keep the first exception of any process in ``folder``/first_error.txt; of an earlier start's, only until the next.
 
     One failure brings many: the others lose their connection. A process that was asked to stop and then loses its connection has
-    peers that were faster to leave, which is no error.
+    peers that were faster to leave, which is no error. A user's mistake that is found before there is a run leaves none behind.
     """
     path = folder / FIRST_ERROR
     try:
@@ -29,6 +29,8 @@ def first_error(folder: Path, world: World, stop: Stop) -> Iterator[None]:
     except Exception as error:
         if stop.asked and not isinstance(error, UserError | OSError):
             stop.leave()
+        if isinstance(error, UserError) and not folder.exists():
+            raise
         if isinstance(error, OSError) and error.errno and not error.filename:
             error.filename = str(folder)  # a write into an open file says only that the disk is full, not which
         try:

@@ -52,19 +52,20 @@ def train(recipe: Recipe, world: World) -> None:
             if not gather_across_ranks((recipe.data.folder / manifest.NAME).exists())[0]:
                 prepare(recipe)  # files that are there and damaged are for `coda prepare` to replace, not for a training
         _refuse_another_run(recipe)
-        run = Run(recipe, world)
-        barrier()  # every process has checked data, recipe and folder before one writes
-        with first_error(recipe.folder, world, stop), Watchdog(recipe.folder, world) as watchdog:
-            run.start()
-            stored = yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode()
-            together(lambda: write_atomically(recipe.folder / STORED, stored), main_only=True)
-            with open_tracker(recipe, recipe.folder, world, tags=_circumstances(recipe)) as tracker:
-                run.finish(tracker, stop, watchdog)
-                with stop.at_once():
-                    exported = recipe.folder / FOLDER
-                    together(lambda: export(run.result, recipe, run.batches.classes, exported), main_only=True)
-                    track(tracker, recipe, recipe.folder, conclude(recipe.folder, recipe, world))
-                    tracker.model(exported)
+        with first_error(recipe.folder, world, stop):
+            run = Run(recipe, world)
+            barrier()  # every process has checked data, recipe and folder before one writes
+            with Watchdog(recipe.folder, world) as watchdog:
+                run.start()
+                stored = yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode()
+                together(lambda: write_atomically(recipe.folder / STORED, stored), main_only=True)
+                with open_tracker(recipe, recipe.folder, world, tags=_circumstances(recipe)) as tracker:
+                    run.finish(tracker, stop, watchdog)
+                    with stop.at_once():
+                        exported = recipe.folder / FOLDER
+                        together(lambda: export(run.result, recipe, run.batches.classes, exported), main_only=True)
+                        track(tracker, recipe, recipe.folder, conclude(recipe.folder, recipe, world))
+                        tracker.model(exported)
         if world.is_main:
             report("finished")
 

@@ -11,7 +11,10 @@ import pytest
 from recipes_for_tests import small_recipe
 from test_loop import command, history
 
-from pipeline.distributed import World
+from pipeline.distributed import World, process_group
+from pipeline.errors import UserError
+from pipeline.training import checkpoint, loop
+from pipeline.training.checkpoint import newest_model
 from pipeline.training.failures import Watchdog, first_error
 from pipeline.training.stop import REQUEUE, Stop
 
@@ -57,6 +60,30 @@ def test_where_nothing_is_to_be_saved_it_ends_at_once():
             raise AssertionError("went on")
 
 
+@pytest.mark.parametrize(("owner", "name", "saved"), [(checkpoint, "_store", 3), (loop, "evaluate", 11)])
+def test_a_signal_during_a_save_or_an_evaluation(prepared, tmp_path, monkeypatch, owner, name, saved):
+    """A save is finished first; an evaluation is left, and is what the next start begins with. Nothing is missing or twice."""
+    recipe = small_recipe(prepared, runs=str(tmp_path), training__checkpoint_every_updates=3)
+    original = getattr(owner, name)
+
+    def interrupted(*arguments):
+        ask()
+        return original(*arguments)
+
+    with process_group() as world:
+        with monkeypatch.context() as patched, pytest.raises(SystemExit) as left:
+            patched.setattr(owner, name, interrupted)
+            loop.train(recipe, world)
+        assert left.value.code == REQUEUE
+        found = [path.name for path in (recipe.folder / "checkpoints").iterdir()]
+        assert f"update-{saved}" in found and not [name for name in found if name.startswith(".")]
+        assert newest_model(recipe.folder / "checkpoints")
+        assert not any(key == "val/top1" for key, _, _ in history(recipe))
+        loop.train(recipe, world)
+    assert [step for key, step, _ in history(recipe) if key == "val/top1"] == [1, 2]
+    assert [step for key, step, _ in history(recipe) if key == "train/loss"] == [128 * update for update in range(1, 23)]
+
+
 def test_one_process_of_two_is_asked_and_both_stop_at_one_update(prepared, tmp_path):
     changes = dict(model__name="coda_resnet20", model__args={"rank": 2}, runs=str(tmp_path), training__epochs=300)
     recipe = small_recipe(prepared, name="asked", **changes)
@@ -93,6 +120,16 @@ def test_the_first_error_of_any_process_stands_in_one_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_mistake_found_before_there_is_a_run_leaves_none(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(UserError), first_error(folder, World(), Stop(World())):
+        raise UserError("no such model")
+    assert not folder.exists()
+    with pytest.raises(RuntimeError), first_error(folder, World(), Stop(World())):  # what the user cannot foresee is kept
+        raise RuntimeError("out of memory")
+    assert "out of memory" in (folder / "first_error.txt").read_text()
+
+
 def test_a_connection_lost_while_stopping_is_no_error(tmp_path):
     with Stop(World()) as stop, pytest.raises(SystemExit) as left, first_error(tmp_path, World(), stop):
         ask()
@@ -103,7 +140,10 @@ def test_a_connection_lost_while_stopping_is_no_error(tmp_path):
 HANGS = """
 import sys, time
 from pathlib import Path
-from pipeline.distributed import World
+from pipeline.distributed import World, process_group
+from pipeline.errors import UserError
+from pipeline.training import checkpoint, loop
+from pipeline.training.checkpoint import newest_model
 from pipeline.training.failures import Watchdog
 def stuck_here():
     print("stuck", flush=True)
