@@ -115,14 +115,23 @@ def kill_node(training: Training) -> Iterator[None]:
 
 
 def cut_link(training: Training) -> Iterator[None]:
-    """The network of a node, until Slurm has given it up."""
+    """The network of a node, until Slurm has given it up.
+
+    Slurm takes a node back at its first answer and starts the job there at once. Where the job's script ran, it would find the old
+    one, which could not report its end, drain the node and hold the job: the node's owner restarts that node first.
+    """
     node = f"n{training.random.randint(1, 2)}"
+    restarted = node == training.job.field("BatchHost")
     training.slurm.cluster("cut", node)
     try:
         yield
         training.job.wait(lambda: "DOWN" in training.slurm.run("scontrol", "show", "node", node), "a node that is down")
+        if restarted:
+            training.slurm.cluster("kill-node", node)
     finally:
         training.slurm.cluster("heal", node)
+    if restarted:
+        training.slurm.cluster("start-node", node)
 
 
 def stop_rank(training: Training) -> Iterator[None]:
