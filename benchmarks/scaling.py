@@ -2,7 +2,8 @@
 
 Real trainings (`coda train` under torchrun, digits at 32x32, 64 images per process and update), one processor core for each process:
 images per second of two processes against twice those of one, interleaved. Then the share of an update that the exchange of the
-gradients takes: an all-reduce of as many bytes, measured by itself. Gradients are fp32, so a model sends 4 bytes per parameter.
+gradients takes: an all-reduce of as many bytes, measured by itself. ``--gradients`` prints, without measuring anything, how many
+bytes that are for every model.
 """
 
 import argparse
@@ -67,18 +68,37 @@ def exchange(rank: int, port: int, numbers: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def gradients(name: str) -> tuple[int, int]:
+    """(classes, parameters) of a model as registered; its gradients are exchanged once an update in fp32, 4 bytes a parameter."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    return model.num_classes, sum(parameter.numel() for parameter in model.parameters())
+
+
+def print_gradients() -> None:
+    print("| model | classes | parameters | gradients an update, MB |")
+    print("|---|---|---|---|")
+    for name in timm.list_models():
+        if timm.model_entrypoint(name).__module__.startswith("pipeline."):
+            classes, numbers = gradients(name)
+            print(f"| {name} | {classes} | {numbers:,} | {4 * numbers / 1e6:.1f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="coda_resnet20")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--gradients", action="store_true", help="only the bytes of every model's gradients")
     options = parser.parse_args()
+    if options.gradients:
+        return print_gradients()
     rates: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         for repeat in tqdm(range(options.repeats), file=sys.stderr):
             for processes, found in rates.items():
                 found.append(train(Path(folder), f"{processes}-{repeat}", processes, options.epochs * processes, options.model))
-        numbers = sum(parameter.numel() for parameter in timm.create_model(options.model, num_classes=10).parameters())
+        _, numbers = gradients(options.model)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -87,7 +107,7 @@ def main() -> None:
     one, two = (statistics.median(found) for found in rates.values())
     update = 2 * IMAGES / two
     print(f"{options.model}: {one:.1f} images/s in one process, {two:.1f} in two: efficiency {two / (2 * one):.3f}")
-    print(f"gradients {4 * numbers / 2**20:.2f} MiB; exchanged in {1e3 * seconds:.1f} ms, {100 * seconds / update:.1f} % of an update")
+    print(f"gradients {4 * numbers / 1e6:.2f} MB; exchanged in {1e3 * seconds:.1f} ms, {100 * seconds / update:.1f} % of an update")
 
 
 if __name__ == "__main__":
