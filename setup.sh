@@ -38,5 +38,5 @@ fi
 say "virtual environment $venv"
 [ -x "$venv/bin/python" ] || "$PYTHON" -m venv "$venv"
 say "dependencies (PyTorch and its libraries are several gigabytes; FFCV is compiled)"
-"$venv/bin/python" -m pip install --disable-pip-version-check -c constraints.txt -e ".[test]"
+"$venv/bin/python" -m pip install --disable-pip-version-check -c constraints.txt -e ".[server,test]"
 say "ready"

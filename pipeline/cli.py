@@ -7,9 +7,13 @@ import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.distributed import report
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.comparison import Compared
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -78,13 +82,25 @@ def _parser() -> argparse.ArgumentParser:
     classes.add_argument("--class", dest="wanted", metavar="NAME|INDEX", help="explain this class")
     sub.add_argument("--layers", action="store_true", help="show the contributions of every layer, too")
     sub.add_argument("--output", type=Path, help="folder of the page (default RUN/explanations/<name of the source>)")
-    sub = command("compare", _compare, "Show evaluated runs beside each other.")
-    sub.add_argument("folders", type=Path, nargs="+", metavar="RUN")
+    sub = command("compare", _compare, "Show evaluated runs beside each other: here, as one page and picture, and in MLflow.")
+    sub.add_argument("names", nargs="+", metavar="RUN|EXPERIMENT", help="folder of a run, or name of an experiment or sweep")
+    sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs in which experiments are looked for")
+    sub.add_argument("--output", type=Path, help="folder of comparison.html and .png (default: that of the runs)")
+    sub.add_argument("--open", action="store_true", help="open MLflow's charts of these runs, or without a server the page, in a browser")
     sub = command("models", _models, "Print what the CoDA networks cost, for every junction, as a markdown table.")
     sub.add_argument("names", nargs="*", metavar="MODEL", help="all if none is named")
     sub.add_argument("--time", action="store_true", help="also measure CPU time; takes minutes")
-    sub = command("sync", _sync, "Send what MLflow has not received of a run.")
-    sub.add_argument("folder", type=Path, metavar="RUN")
+    sub = command("serve", _serve, "Start MLflow's server: for this machine, or with --host for a team.")
+    sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs: its mlflow.db and mlartifacts are shown")
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on; beyond this machine (0.0.0.0) a password is required")
+    sub.add_argument("--port", type=int, default=5000)
+    sub.add_argument("--backend-store-uri", metavar="URI", help="such as postgresql://USER@HOST/DATABASE")
+    sub.add_argument("--artifacts", metavar="FOLDER|s3://BUCKET/PATH", help="where the artifacts of new experiments go")
+    sub.add_argument("--allowed-hosts", metavar="NAME,...", default="", help="further names by which clients reach this server")
+    sub.add_argument("--credentials", type=Path, help="file of mode 600 with name and password (default ~/.mlflow/credentials)")
+    sub = command("sync", _sync, "Send what MLflow has not received of a run, or of all runs in a folder.")
+    sub.add_argument("folder", type=Path, metavar="RUN|FOLDER")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as tracking.uri=http://HOST:PORT")
     return parser
 
 
@@ -104,7 +120,6 @@ def _prepare(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from pipeline.distributed import process_group
     from pipeline.recipe import load
-    from pipeline.results import compare
 
     recipe = load(options.recipe, options.overrides)
     with process_group() as world:
@@ -112,7 +127,7 @@ def _train(options: argparse.Namespace) -> None:
 
         train(recipe, world)
         if world.is_main:
-            print(compare([recipe.folder]))
+            _show_run(recipe.folder)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -134,7 +149,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     from pipeline.distributed import process_group
     from pipeline.recipe import Metric, load_stored
-    from pipeline.results import applicable_methods, compare, conclude, track
+    from pipeline.results import applicable_methods, conclude, track
     from pipeline.tracking import tracker_of
 
     metrics = ",".join(get_args(Metric)) if options.metrics == "all" else options.metrics
@@ -147,7 +162,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         with tracker_of(recipe, options.folder, world) as tracker:
             track(tracker, recipe, options.folder, result)
         if world.is_main:
-            print(compare([options.folder]))
+            _show_run(options.folder)
 
 
 def _explain(options: argparse.Namespace) -> None:
@@ -158,9 +173,36 @@ def _explain(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from pipeline.results import compare
+    import webbrowser
 
-    print(compare(options.folders))
+    from pipeline.comparison import find_runs, mlflow_views, report, table
+
+    runs = find_runs(options.names, options.runs)
+    page = report(runs, options.output or runs[0].folder.resolve().parent)
+    print(f"{table(runs)}\n\nReport: {page} and {page.with_suffix('.png').name}")
+    _show_views(runs)
+    if options.open:
+        served = [address for address, command in mlflow_views(runs) if not command]
+        for address in served or [page.resolve().as_uri()]:
+            webbrowser.open(address)
+
+
+def _show_run(folder: Path) -> None:
+    from pipeline.comparison import find_runs, pictures, table
+
+    runs = find_runs([str(folder)], folder.parent)
+    print(f"{table(runs)}\n\n{pictures(runs)}")
+    _show_views(runs)
+
+
+def _show_views(runs: "list[Compared]") -> None:
+    from pipeline.comparison import mlflow_views
+
+    for address, command in mlflow_views(runs):
+        print(f"\nCharts in MLflow{f', after `{command}`' if command else ''}:\n  {address}")
+    for run in runs:
+        if (run.folder / "journal.jsonl").is_file() and not (run.folder / "run_id").is_file():
+            print(f"\n{run.folder} is not in MLflow yet: coda sync {run.folder}")
 
 
 def _models(options: argparse.Namespace) -> None:
@@ -175,7 +217,15 @@ def _models(options: argparse.Namespace) -> None:
     print(table(options.names or known, timed=options.time))
 
 
+def _serve(options: argparse.Namespace) -> None:
+    from pipeline.tracking.server import Server, serve
+
+    names = tuple(name.strip() for name in options.allowed_hosts.split(",") if name.strip())
+    where = (options.runs, options.host, options.port)
+    serve(Server(*where, options.backend_store_uri, options.artifacts, names, options.credentials))
+
+
 def _sync(options: argparse.Namespace) -> None:
     from pipeline.tracking import sync
 
-    print(f"{sync(options.folder)} journal lines sent")
+    print(f"{sync(options.folder, options.overrides)} journal lines sent")

@@ -40,6 +40,11 @@ def job_tags(environment: Mapping[str, str]) -> dict[str, str]:
     return {tag: environment.get(name, "0") for tag, name in names.items()}
 
 
+def node_name(environment: Mapping[str, str]) -> str:
+    """What Slurm calls this machine, else its own name."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
     """(rank, local rank, world size) from torchrun's variables, else Slurm's step variables, else a single process.
 

@@ -21,11 +21,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.files import NETWORK_FILE_SYSTEMS, file_system
+
 _APT = "apt-get install libopencv-dev libturbojpeg0-dev pkg-config build-essential python3-dev"
 _OLDEST_PYTHON = (3, 11)
 _SECONDS = 180.0  # for one check; the imports alone take tens of seconds on a busy machine or a slow file system
 _RUN_BYTES = 5e9  # checkpoints, export and pictures of a run
-_NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "lustre", "gpfs", "beegfs", "ceph", "fuse.sshfs", "9p")
 _SHM_BYTES = 5e8  # containers often have 64 MB, which NCCL and the workers of FFCV's writer can exceed
 
 
@@ -218,7 +219,7 @@ def _deepspeed() -> str:
 
 def _mlflow() -> str:
     """A run with one metric in a temporary store."""
-    from pipeline.tracking.journal import mlflow_client
+    from pipeline.tracking.sender import mlflow_client
 
     with tempfile.TemporaryDirectory() as folder:
         client = mlflow_client(f"sqlite:///{folder}/mlflow.db")
@@ -239,15 +240,9 @@ def _room(folder: Path, needed: float) -> str:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise OSError(f"{existing} has {free / 1e9:.1f} GB free, fewer than {needed / 1e9:.1f} GB")
-    system = _file_system(existing)
-    warning = "; SQLite's locks are not safe there: tracking.uri=http://HOST:PORT" if system in _NETWORK_FILE_SYSTEMS else ""
+    system = file_system(existing)
+    warning = "; SQLite's locks are not safe there: tracking.uri=http://HOST:PORT" if system in NETWORK_FILE_SYSTEMS else ""
     return f"{existing} ({system}) is writable, {free / 1e9:.0f} GB free{warning}"
-
-
-def _file_system(folder: Path) -> str:
-    """Type of the file system that holds ``folder``, such as ext4 or nfs4."""
-    mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()]
-    return max((len(point), kind) for point, kind in mounts if folder.is_relative_to(point))[1]
 
 
 def _processors() -> str:

@@ -187,6 +187,8 @@ def _pixel_removal(subject: Subject, method: str) -> Result:
         curve = sum_across_ranks(total).cpu() / count
         values[_name(f"pixel_removal_{first}", method)] = curve.mean().item()
         rows += [{"method": method, "first": first, "removed": k * step / side**2, "probability": p} for k, p in enumerate(curve.tolist())]
+    least, most = (values[_name(f"pixel_removal_{first}", method)] for first in orders)
+    values[_name("pixel_removal", method)] = least - most
     return Result(values, rows)
 
 

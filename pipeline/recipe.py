@@ -120,6 +120,8 @@ class TrackingRecipe:
 
     uri: str | None = None
     experiment: str = "coda"
+    parent: str | None = None  # name of the sweep that this run belongs to: MLflow shows its runs below a parent run
+    system_metrics: bool = False  # processor, memory, disk, network and GPU of every node, every 10 seconds
     log_every_updates: int = 10
 
 
@@ -266,6 +268,7 @@ def _check(recipe: Recipe, where: str) -> None:
         *((f"evaluation.{key}", value, value > 0, "at least 1") for key, value in vars(evaluation).items() if type(value) is int),
         ("evaluation.grid_size", evaluation.grid_size, evaluation.grid_size > 1, "at least 2"),
         ("evaluation.methods", evaluation.methods, bool(evaluation.methods), "one method or more"),
+        ("tracking.parent", recipe.tracking.parent, not set("'\"`") & set(recipe.tracking.parent or "-"), "text without quotes"),
         ("tracking.log_every_updates", recipe.tracking.log_every_updates, recipe.tracking.log_every_updates > 0, "at least 1"),
     ]
     for key, value, valid, remedy in rules:

@@ -1,13 +1,11 @@
-"""What a finished run leaves for people: its export, the evaluation of that export, tables and pictures; and runs beside each other."""
+"""What a finished run leaves for people: its export, the evaluation of that export, tables and pictures."""
 
 import csv
 import io
 import json
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +20,8 @@ from pipeline.files import write_atomically
 from pipeline.interpret.explain import exact_layers, explainable_layers, explanation_mode, layer_contributions
 from pipeline.interpret.figures import alignment_figure, depth_figure, localisation_figure, removal_figure
 from pipeline.interpret.methods import METHODS, at_input_size, attribution_maps, check_method, own_place
-from pipeline.interpret.plots import contribution_sheet, depth_curves
-from pipeline.recipe import Recipe, load_stored
+from pipeline.interpret.plots import contribution_sheet
+from pipeline.recipe import Recipe
 from pipeline.result_store import ResultStore, Row, identify
 from pipeline.tracking import Tracker
 
@@ -31,14 +29,6 @@ EVALUATION = "evaluation.json"
 TABLES, PICTURES, STORE = "tables", "pictures", "results"
 SHEET = "contributions.png"  # of the pictures: contribution maps of a few images
 PICTURED_IMAGES = 6
-COLUMNS = {  # of the table: metric name -> title
-    "val/top1": "top-1",
-    "interp/completeness_error": "completeness error",
-    "interp/localisation": "localisation: input",
-    "interp/localisation_junction": "at junction",
-    "interp/depth": "interpretable depth",
-    "interp/area": "interpretable area",
-}
 
 
 def conclude(folder: Path, recipe: Recipe, world: World) -> Evaluation:
@@ -184,47 +174,3 @@ def draw_tables(result: Evaluation, grid_size: int, folder: Path) -> None:
         removal_figure(rows, folder / "pixel_removal.png")
     if rows := tables.get("alignment"):
         alignment_figure(rows, folder / "alignment.png")
-
-
-def compare(folders: Sequence[Path]) -> str:
-    """The evaluations of several runs as a table, with their depth curves in one picture; returns the text to show.
-
-    Raises:
-        UserError: a folder was not evaluated.
-    """
-    recipes, contents = [load_stored(folder) for folder in folders], [_read(folder) for folder in folders]
-    titles = ["run", *COLUMNS.values()]
-    rows = [[content["name"], *(_cell(name, content["values"]) for name in COLUMNS)] for content in contents]
-    widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [titles, *rows]]
-    curves = {content["name"]: curve for content in contents if (curve := _curve(content))}
-    n = contents[0]["grid_size"]
-    lines += ["", f"Localisation: mean share in the right cell of {n}x{n} grids, chance {1 / n**2:.3f}."]
-    drawn = [picture for folder in folders for picture in pictures(folder)]
-    if curves:
-        path = folders[0].parent / "depth_curves.png"
-        depth_curves(curves, 1 / n**2, path)
-        drawn.append(path)
-    lines += ["", "Pictures:", *(f"  {path}" for path in drawn)]
-    uris = dict.fromkeys(recipe.tracking_uri for recipe in recipes)
-    mlflow = Path(sys.executable).with_name("mlflow")
-    lines += ["", "Open the runs in the MLflow UI with", *(f"  {mlflow} ui --backend-store-uri {uri}" for uri in uris)]
-    return "\n".join(lines)
-
-
-def _curve(content: dict[str, Any]) -> list[tuple[float, float]]:
-    rows = content["tables"].get("depth", [])
-    return [(row["distance"], row["mean"]) for row in rows if row["method"] == "contributions"]
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / EVALUATION).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: has no readable {EVALUATION}; `coda evaluate {folder}` makes it") from error
-
-
-def _cell(name: str, values: dict[str, float]) -> str:
-    if name not in values:
-        return "-"
-    return f"{values[name]:.1e}" if name == "interp/completeness_error" else f"{values[name]:.4f}"

@@ -84,7 +84,7 @@ def test_full_disk(tmp_path, monkeypatch):
 
 def test_sqlite_on_a_network_file_system_gets_a_warning(tmp_path, monkeypatch):
     assert "not safe" not in check("runs folder", tmp_path).detail
-    monkeypatch.setattr(doctor, "_NETWORK_FILE_SYSTEMS", (doctor._file_system(tmp_path),))
+    monkeypatch.setattr(doctor, "NETWORK_FILE_SYSTEMS", (doctor.file_system(tmp_path),))
     found = check("runs folder", tmp_path)
     assert found.ok and "not safe there: tracking.uri=" in found.detail
 

@@ -112,7 +112,7 @@ def test_methods_that_do_not_apply(exported):
 
 
 def test_the_command_line_evaluates_into_the_same_run(prepared, tmp_path, capsys):
-    from pipeline.tracking.journal import mlflow_client
+    from pipeline.tracking.sender import mlflow_client
 
     recipe = small_recipe(tmp_path, data__prepared=str(prepared / "data"), training__epochs=1, model__args=ARGS)
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe.to_dict()))

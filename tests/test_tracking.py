@@ -20,7 +20,7 @@ from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe, TrackingRecipe, from_dict
 from pipeline.tracking import METRICS, open_tracker, sync
-from pipeline.tracking.journal import mlflow_client
+from pipeline.tracking.sender import mlflow_client
 
 ROOT = Path(__file__).resolve().parents[1]
 

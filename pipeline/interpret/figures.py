@@ -4,14 +4,16 @@ After the figures of Böhle, Fritz, Schiele, arXiv 2109.13004. Each function tak
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.interpret.plots import CURVE_COLOURS, MARKERS, depth_curves, write_figure
+from pipeline.interpret.plots import CURVE_COLOURS, MARKERS, depth_curves, draw_depth_curves, write_figure
 
 Row = Mapping[str, str | float | int]
+TABLE_ROWS = 20  # of parameters in a figure; a page shows all of them
 FIRST = {"least": "least important first (higher is better)", "most": "most important first (lower is better)"}
 
 
@@ -49,6 +51,48 @@ def removal_figure(rows: Sequence[Row], path: Path) -> None:
         axis.grid(color="0.9")
     figure.axes[0].set_ylabel("probability of the true class")
     figure.axes[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    write_figure(figure, path)
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """A run in ``comparison_figure``."""
+
+    name: str
+    values: Mapping[str, float]  # by metric name
+    curve: Sequence[tuple[float, float]]  # (distance, score) points; may be empty
+
+
+def comparison_figure(runs: Sequence[ComparedRun], chance: float, differences: Mapping[str, Sequence[str]], path: Path) -> None:
+    """Localisation against accuracy, localisation of every layer, and a table of ``differences``: by parameter, the value of each run."""
+    shown = dict(list(differences.items())[:TABLE_ROWS])
+    height = 0.28 * (len(shown) + 1)
+    figure = Figure(figsize=(11.0, 4.4 + height), layout="constrained")
+    (scatter, curves), (below, rest) = figure.subplots(2, 2, height_ratios=[4.4, max(height, 0.1)])
+    for index, run in enumerate(runs):
+        colour, marker = CURVE_COLOURS[index % len(CURVE_COLOURS)], MARKERS[index % len(MARKERS)]
+        places = [run.values.get(f"interp/localisation{place}") for place in ("", "_junction")]
+        for value, filled in zip(places, (True, False), strict=True):
+            if value is not None and "val/top1" in run.values:
+                scatter.scatter(
+                    run.values["val/top1"], value, marker=marker, s=60, edgecolors=colour, facecolors=colour if filled else "none"
+                )
+    scatter.axhline(chance, color="0.35", linestyle=":", linewidth=1.5)
+    scatter.set(
+        xlabel="top-1 accuracy", ylabel="mean localisation", ylim=(0, 1.02), title="at the input (filled) and at the junction (open)"
+    )
+    scatter.grid(color="0.9")
+    scatter.set_axisbelow(True)
+    draw_depth_curves(curves, {run.name: run.curve or [(float("nan"), float("nan"))] for run in runs}, chance)
+    curves.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    for axis in (below, rest):
+        axis.axis("off")
+    if shown:
+        cells = [[key, *values] for key, values in shown.items()]
+        grid = below.get_subplotspec().get_gridspec()
+        rest.remove()
+        below.set_subplotspec(grid[1, :])
+        below.table(cells, colLabels=["differs in", *(run.name for run in runs)], loc="center", cellLoc="left", edges="horizontal")
     write_figure(figure, path)
 
 

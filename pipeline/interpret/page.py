@@ -36,26 +36,32 @@ def write_page(path: Path, title: str, notes: Sequence[str], sections: Sequence[
     """Write the page: what it shows, a section for each image, and what could not be read."""
     left_out = "".join(f"<li>{escape(line)}</li>" for line in skipped)
     parts = [
+        *(f"<p>{escape(note)}</p>" for note in notes),
+        f'<div class="skipped"><p>Left out:</p><ul>{left_out}</ul></div>' if skipped else "",
+        *map(_section, sections),
+    ]
+    write_atomically(path, page_html(title, parts).encode())
+
+
+def page_html(title: str, parts: Sequence[str]) -> str:
+    """A whole page of ``parts``, which are HTML; ``title`` is text."""
+    head = [
         "<!DOCTYPE html>",
         f'<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">',
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{escape(title)}</h1>",
-        *(f"<p>{escape(note)}</p>" for note in notes),
-        f'<div class="skipped"><p>Left out:</p><ul>{left_out}</ul></div>' if skipped else "",
-        *map(_section, sections),
-        "</body></html>\n",
     ]
-    write_atomically(path, "\n".join(parts).encode())
+    return "\n".join([*head, *parts, "</body></html>\n"])
 
 
 def _section(section: Section) -> str:
     rows = "".join(f"<tr><td>{escape(name)}</td><td>{probability:.3f}</td></tr>" for name, probability in section.classes)
     table = f"<table><tr><th>class</th><th>probability</th></tr>{rows}</table>" if rows else ""
-    return f"<section><h2>{escape(section.title)}</h2>{table}{''.join(map(_figure, section.pictures))}</section>"
+    return f"<section><h2>{escape(section.title)}</h2>{table}{''.join(figure_html(*picture) for picture in section.pictures)}</section>"
 
 
-def _figure(picture: tuple[str, Path]) -> str:
-    caption, path = picture
+def figure_html(caption: str, path: Path) -> str:
+    """The PNG or GIF file at ``path`` as part of a page."""
     data = base64.b64encode(path.read_bytes()).decode()
     text = escape(caption)
     return f'<figure><img alt="{text}" src="data:{MIME[path.suffix]};base64,{data}"><figcaption>{text}</figcaption></figure>'

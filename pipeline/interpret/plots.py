@@ -111,7 +111,13 @@ def depth_curves(curves: Mapping[str, Iterable[tuple[float, float]]], chance: fl
         UserError: the file cannot be written.
     """
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
-    axis = figure.subplots()
+    draw_depth_curves(figure.subplots(), curves, chance, threshold)
+    figure.axes[0].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    write_figure(figure, path)
+
+
+def draw_depth_curves(axis: Axes, curves: Mapping[str, Iterable[tuple[float, float]]], chance: float, threshold: float = 0.5) -> None:
+    """What ``depth_curves`` shows, without its legend, on an axis of a larger figure."""
     for index, (name, points) in enumerate(curves.items()):
         distances, scores = zip(*sorted(points), strict=True)
         colour, marker = CURVE_COLOURS[index % len(CURVE_COLOURS)], MARKERS[index % len(MARKERS)]
@@ -121,8 +127,6 @@ def depth_curves(curves: Mapping[str, Iterable[tuple[float, float]]], chance: fl
     axis.set(xlim=(-0.02, 1.02), ylim=(0, 1.02), ylabel="mean localisation")
     axis.set_xlabel("distance from the output (share of parametric layers; 1 is the input)")
     axis.grid(color="0.9")
-    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-    write_figure(figure, path)
 
 
 def _show_signed(axis: Axes, contributions: Tensor) -> ScalarMappable:

@@ -60,6 +60,7 @@ def train(recipe: Recipe, world: World) -> None:
                 stored = yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode()
                 together(lambda: write_atomically(recipe.folder / STORED, stored), main_only=True)
                 with open_tracker(recipe, recipe.folder, world, tags=_circumstances(recipe)) as tracker:
+                    _note_data(recipe, tracker)
                     run.finish(tracker, stop, watchdog)
                     with stop.at_once():
                         exported = recipe.folder / FOLDER
@@ -74,6 +75,14 @@ def _circumstances(recipe: Recipe) -> dict[str, str]:
     """Tags: the job, and a hash of the manifest, which itself has the hashes of the data's files."""
     description = (recipe.data.folder / manifest.NAME).read_bytes()
     return {**job_tags(os.environ), "data/manifest_sha256": hashlib.sha256(description).hexdigest()}
+
+
+def _note_data(recipe: Recipe, tracker: Tracker) -> None:
+    described = manifest.open_manifest(recipe.data.folder)
+    for context, split in (("training", "train"), ("validation", "val")):
+        file = described.splits[split]
+        profile = {"samples": file.samples, "classes": len(described.classes)}
+        tracker.dataset(context, f"{recipe.data.source}-{split}", recipe.data.folder / file.file, file.tables_sha256[:16], **profile)
 
 
 def _refuse_another_run(recipe: Recipe) -> None:
