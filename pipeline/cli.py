@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"coda: {error}{remedy}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("coda: interrupted; the same command continues a training from its newest checkpoint", file=sys.stderr)
+        print("coda: interrupted; the same command continues where this one was stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
@@ -65,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
         sub = command(name, run, text)
         sub.add_argument("recipe", help="YAML file, see recipes/")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.epochs=3")
+    sub = command("verify", _verify, "Decode everything in a prepared folder and compare it with its manifest.")
+    sub.add_argument("target", metavar="FOLDER|RECIPE", help="a prepared folder, or the recipe that it was prepared with")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
     sub = command("export", _export, "Write the newest checkpoint of a run as model.safetensors + config.json.")
     sub.add_argument("folder", type=Path, metavar="RUN")
     sub = command(
@@ -115,6 +118,14 @@ def _prepare(options: argparse.Namespace) -> None:
     from pipeline.recipe import load
 
     print(prepare(load(options.recipe, options.overrides)))
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from pipeline.data.verify import verify
+    from pipeline.recipe import load
+
+    data = None if Path(options.target).is_dir() else load(options.target, options.overrides).data
+    print(verify(data.folder if data else Path(options.target), data))
 
 
 def _train(options: argparse.Namespace) -> None:

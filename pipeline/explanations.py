@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline.data.augment import CENTRE_SHARE
-from pipeline.data.sources import FileSplit
+from pipeline.data.sources.images import decode, read_file
 from pipeline.errors import UserError
 from pipeline.export import class_names, find_export, load_export
 from pipeline.interpret.explain import Layer, exact_layers, explainable_layers, layer_contributions
@@ -184,7 +184,7 @@ def _image_names(source: Path) -> list[str]:
 
 def _read(root: Path, name: str) -> Image.Image:
     try:
-        return FileSplit((), np.zeros(1, np.int64), 0, False, root, (name,)).read(0)
+        return decode(read_file(root / name))
     except Exception as error:  # Pillow's readers raise their own kinds on damaged files
         raise UserError(f"{root / name}: cannot be read as an image ({' '.join(str(error).split()) or type(error).__name__})") from error
 

@@ -31,3 +31,12 @@ def file_system(folder: Path) -> str:
     folder = folder.resolve()
     mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()]
     return max((len(point), kind) for point, kind in mounts if folder.is_relative_to(point))[1]
+
+
+def sync(path: Path) -> None:
+    """Wait until the bytes of a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pipeline import structure
 from pipeline.errors import UserError
 
+MAX_RESOLUTION = 16_384  # pixels: a stored image must fit a page of FFCV's, which is smaller than 4 GiB
 STORED = "recipe.yaml"  # name of the resolved recipe in a run folder and in an export
 
 Metric = Literal["accuracy", "completeness", "alignment", "localisation", "localisation_2x2", "pixel_removal", "depth"]
@@ -45,7 +46,12 @@ class DataRecipe:
     image_size: int  # side in pixels of the square images that the model sees
     path: str | None = None  # folder or tar of the source, where it needs one
     prepared: str = "data"  # `coda prepare` writes train.beton, val.beton and manifest.json into <prepared>/<source>-<size>
-    write_mode: Literal["raw", "jpg"] = "raw"
+    write_mode: Literal["raw", "jpg", "proportion"] = "raw"  # how images are stored; proportion: some as JPEG, the others raw
+    compress_probability: float = 0.5  # share of JPEGs, for write_mode proportion only
+    jpeg_quality: int = 90
+    max_resolution: int | None = None  # longer side of stored images whose size varies; None: shorter side image_size x 256/224
+    chunk_size: int = 100  # images that a writing process takes at a time
+    broken_images: Literal["fail", "skip"] = "fail"  # whether `coda prepare` stops at an image that cannot be read, or leaves it out
     workers: int = 2  # threads of each loader; never more than the processors this process may use
     storage: Literal["page_cache", "stage_local"] = "page_cache"  # stage_local: each node reads from a copy on a disk of its own
     scratch: str | None = None  # stage_local only: folder on that disk, such as $SLURM_TMPDIR; None: the system's temporary folder
@@ -154,7 +160,8 @@ class Recipe:
 
     def identity(self) -> dict[str, Any]:
         """The values that decide the weights, by dotted key: a run is resumed only with the same ones."""
-        places = ("runs", "evaluation", "tracking", "data.path", "data.prepared", "data.workers", "data.storage", "data.scratch")
+        data = ("path", "prepared", "workers", "storage", "scratch", "chunk_size", "broken_images")
+        places = ("runs", "evaluation", "tracking", *(f"data.{key}" for key in data))
         free = (*places, "training.micro_batch_size", "training.checkpoint_every_updates")
         return {key: value for key, value in flatten(self.to_dict()).items() if not key.startswith(free)}
 
@@ -228,6 +235,10 @@ def _check(recipe: Recipe, where: str) -> None:
         ("seed", recipe.seed, 0 <= recipe.seed < 2**32, "between 0 and 2^32 - 1"),
         ("data.image_size", data.image_size, data.image_size > 0, "at least 1"),
         ("data.workers", data.workers, data.workers > 0, "at least 1"),
+        ("data.compress_probability", data.compress_probability, 0 <= data.compress_probability <= 1, "between 0 and 1"),
+        ("data.jpeg_quality", data.jpeg_quality, 1 <= data.jpeg_quality <= 100, "between 1 and 100"),
+        ("data.max_resolution", data.max_resolution, 0 < (data.max_resolution or 1) <= MAX_RESOLUTION, f"between 1 and {MAX_RESOLUTION}"),
+        ("data.chunk_size", data.chunk_size, 0 < data.chunk_size <= 10_000, "between 1 and 10,000"),
         ("data.crop_padding", data.crop_padding, 0 <= data.crop_padding < data.image_size, "between 0 and the image size"),
         ("data.rand_augment_operations", data.rand_augment_operations, 0 <= data.rand_augment_operations <= 16, "between 0 and 16"),
         ("data.rand_augment_magnitude", data.rand_augment_magnitude, 0 <= data.rand_augment_magnitude <= 30, "between 0 and 30"),

@@ -17,7 +17,7 @@ from ffcv.fields import IntField, RGBImageField
 from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
 
 from pipeline.errors import UserError
-from pipeline.files import write_atomically
+from pipeline.files import sync, write_atomically
 from pipeline.recipe import DataRecipe
 
 NAME = "manifest.json"
@@ -34,6 +34,8 @@ class SplitFile:
     samples: int
     class_counts: tuple[int, ...]
     tables_sha256: str  # of the header and both tables
+    xxh128: str = ""  # of the whole file, as the command xxh128sum prints it; "": written before there was one
+    skipped: tuple[tuple[str, str], ...] = ()  # images left out: where they are, what is wrong
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,24 @@ class Manifest:
     classes: tuple[str, ...]
     splits: Mapping[str, SplitFile]  # "train" and "val"
     ffcv: str  # version that wrote the files
+    max_resolution: int | None = None
+    jpeg_quality: int = 90
+    compress_probability: float = 0.5
     sha256: str = ""  # of manifest.json itself
 
     def require(self, data: DataRecipe) -> None:
         """Raises UserError if the files were prepared with other data settings than ``data``."""
-        wanted = {
+        wanted: dict[str, tuple[Any, Any]] = {
             "data.source": (self.source, data.source),
             "data.path": (self.path_name, path_name(data)),
             "data.image_size": (self.image_size, data.image_size),
             "data.write_mode": (self.write_mode, data.write_mode),
+            "data.max_resolution": (self.max_resolution, data.max_resolution),
         }
+        if data.write_mode != "raw":
+            wanted["data.jpeg_quality"] = (self.jpeg_quality, data.jpeg_quality)
+        if data.write_mode == "proportion":
+            wanted["data.compress_probability"] = (self.compress_probability, data.compress_probability)
         differences = [f"{key} {found} (recipe: {asked})" for key, (found, asked) in wanted.items() if found != asked]
         if differences:
             raise UserError(
@@ -85,7 +95,7 @@ def open_manifest(folder: str | Path) -> Manifest:
         tree = json.loads(content)
         if tree.pop("version") != VERSION:
             raise ValueError(f"not of version {VERSION}")
-        splits = {name: SplitFile(**{**entry, "class_counts": tuple(entry["class_counts"])}) for name, entry in tree["splits"].items()}
+        splits = {name: _split_file(**entry) for name, entry in tree["splits"].items()}
         fields: dict[str, Any] = {**tree, "splits": splits, "classes": tuple(tree["classes"])}
         manifest = Manifest(**fields, sha256=hashlib.sha256(content).hexdigest())
         if set(splits) != {"train", "val"}:
@@ -98,6 +108,10 @@ def open_manifest(folder: str | Path) -> Manifest:
     return manifest
 
 
+def _split_file(class_counts: list[int], skipped: list[list[str]] | tuple = (), **entry: Any) -> SplitFile:
+    return SplitFile(class_counts=tuple(class_counts), skipped=tuple((where, reason) for where, reason in skipped), **entry)
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``folder``/manifest.json so that it is there whole or not at all."""
     tree = {"version": VERSION, **asdict(manifest)}
@@ -107,17 +121,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def publish(temporary: Path, final: Path) -> None:
     """Give a finished temporary file its final name, once its bytes are on the disk."""
-    _sync(temporary)
+    sync(temporary)
     os.replace(temporary, final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(final.parent)
 
 
 def measure(path: Path) -> tuple[int, int, str]:

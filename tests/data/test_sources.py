@@ -3,6 +3,7 @@
 import io
 import pickle
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,15 @@ from PIL import Image
 from small_data import write_images
 
 from pipeline.data.sources import open_source
+from pipeline.data.sources.images import fit
 from pipeline.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
+
+
+def stored(split, data) -> list[np.ndarray]:
+    """The pixels of every image as they would be written."""
+    return [fit(split.read(index), data, split.fixed_size) for index in range(len(split))]
 
 
 def pack(folder: Path, tar: Path, *extra: tarfile.TarInfo) -> Path:
@@ -32,9 +39,9 @@ def test_digits_split_is_fixed_and_stratified(make_recipe):
         assert np.array_equal(first[split].labels, second[split].labels)
         share = np.bincount(first[split].labels) / len(first[split])
         assert np.ptp(share) < 0.02
-    image, label = first["val"][0]
+    image = stored(first["val"], make_recipe().data)[0]
     assert image.shape == (16, 16, 3) and image.dtype == np.uint8 and image.max() > 200
-    assert label == first["val"].labels[0] and first["val"].classes == tuple("0123456789")
+    assert first["val"].classes == tuple("0123456789")
 
 
 def test_unknown_source_names_the_nearest(make_recipe):
@@ -51,9 +58,9 @@ def test_folder_and_tar_hold_the_same(make_recipe, tmp_path):
     assert folder["train"].classes == ("cat", "dog") and folder["train"].labels.tolist() == [0, 0, 1, 1]
     archive = pickle.loads(pickle.dumps(archive))
     for split in ("train", "val"):
+        assert np.array_equal(folder[split].labels, archive[split].labels)
         for index in range(len(folder[split])):
-            (image, label), (twin, twin_label) = folder[split][index], archive[split][index]
-            assert np.array_equal(image, twin) and label == twin_label
+            assert np.array_equal(folder[split].read(index), archive[split].read(index))
     assert archive["val"].describe(0) == f"{tar}: val/cat/0.png"
 
 
@@ -62,9 +69,17 @@ def test_stored_size_of_large_long_and_small_images(make_recipe, tmp_path):
     for name, size in {"0": (400, 300), "1": (1000, 100)}.items():
         Image.new("RGB", size).save(tmp_path / f"train/cat/{name}.png")
     Image.new("RGB", (20, 10)).save(tmp_path / "train/dog/0.png")
-    train = open_source(make_recipe(source="imagefolder", path=str(tmp_path), image_size=56).data)["train"]
-    shapes = [train[index][0].shape for index in range(3)]
+    data = make_recipe(source="imagefolder", path=str(tmp_path), image_size=56).data
+    shapes = [image.shape for image in stored(open_source(data)["train"], data)][:3]
     assert shapes == [(64, 85, 3), (64, 128, 3), (10, 20, 3)]  # shorter side 64 = 56 * 256 / 224, aspect at most 2, never enlarged
+    data = replace(data, max_resolution=100)
+    shapes = [image.shape for image in stored(open_source(data)["train"], data)][:3]
+    assert shapes == [(75, 100, 3), (10, 100, 3), (10, 20, 3)]  # longer side 100, nothing cropped
+
+
+def test_max_resolution_is_refused_where_it_would_do_nothing(make_recipe):
+    with pytest.raises(UserError, match="digits is stored at data.image_size; remove it"):
+        open_source(make_recipe(max_resolution=100).data)
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
@@ -140,8 +155,8 @@ def test_every_kind_of_image_becomes_upright_rgb(make_recipe, tmp_path):
     split = open_source(make_recipe(source="imagefolder", path=str(tmp_path), image_size=64).data)["train"]
     wanted = [np.repeat(np.asarray(grey)[..., None], 3, 2)] * 2 + [np.asarray(colour)] * 3 + [np.rot90(np.asarray(colour), -1)]
     for index, expected in enumerate(wanted, start=1):
-        image, label = split[index]
-        assert image.shape == expected.shape and image.dtype == np.uint8 and label == 0, split.describe(index)
+        image = np.asarray(split.read(index))
+        assert image.shape == expected.shape and image.dtype == np.uint8 and split.labels[index] == 0, split.describe(index)
         tolerance = 12 if "palette" in split.describe(index) else 1
         assert np.abs(image.astype(int) - expected).max() <= tolerance, split.describe(index)
 
@@ -179,8 +194,7 @@ def test_cifar10_from_torchvisions_folder(make_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "tgz_md5", calculate_md5(archive))
     splits = open_source(recipe.data)
     assert [len(splits[name]) for name in ("train", "val")] == [25, 5]
-    image, label = splits["val"][3]
-    assert np.array_equal(image, pixels[3].transpose(1, 2, 0)) and label == 3
+    assert np.array_equal(splits["val"].read(3), pixels[3].transpose(1, 2, 0)) and splits["val"].labels[3] == 3
 
 
 @pytest.mark.skipif(not (SHARED / "cifar10.tar").is_file(), reason="needs ../shared/data/cifar10.tar")
@@ -190,5 +204,5 @@ def test_cifar10_tar(make_recipe):
     assert len(splits["train"].classes) == 10 and splits["train"].classes[:2] == ("airplane", "automobile")
     assert set(np.bincount(splits["train"].labels)) == {5000} and set(np.bincount(splits["val"].labels)) == {1000}
     for index in (0, 9_999, 5_001):
-        image, label = splits["val"][index]
-        assert image.shape == (32, 32, 3) and label == index // 1000 and image.std() > 5
+        image = np.asarray(splits["val"].read(index))
+        assert image.shape == (32, 32, 3) and splits["val"].labels[index] == index // 1000 and image.std() > 5

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_data import write_images
 
 from pipeline.data.loaders import train_loader
@@ -23,20 +24,23 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class Faulty(Split):
-    """Grey squares; the process that reads number 5 is killed, or every read takes ``seconds``."""
+    """Grey squares; the process that reads number ``deadly`` is killed, or every read takes ``seconds``."""
 
-    deadly: bool = False
+    deadly: int = -1
     seconds: float = 0.0
 
-    def __getitem__(self, index):
-        if self.deadly and index == 5:
+    def read(self, index):
+        if index == self.deadly:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self.seconds)
-        return np.zeros((self.size, self.size, 3), np.uint8), 0
+        return Image.new("RGB", (16, 16), (index % 256, 0, 0))
+
+    def describe(self, index):
+        return f"square {index}"
 
 
-def faulty_source(**faults):
-    return lambda data: {name: Faulty(("a",), np.zeros(100, np.int64), data.image_size, True, **faults) for name in ("train", "val")}
+def faulty_source(count=100, **faults):
+    return lambda data: {name: Faulty(("a",), np.zeros(count, np.int64), True, **faults) for name in ("train", "val")}
 
 
 def one_line(error) -> str:
@@ -84,13 +88,13 @@ def test_broken_images_are_named_and_nothing_is_left(make_recipe, tmp_path):
     recipe = make_recipe(source="imagefolder", path=str(tmp_path / "source"))
     with pytest.raises(UserError) as error:
         prepare(recipe)
-    assert str(broken) in one_line(error) and "(and 1 more)" in one_line(error)
+    assert str(broken) in one_line(error) and "(and 1 more, listed above)" in one_line(error)
     assert remains(recipe.data.folder) == []
 
 
 @pytest.mark.timeout(20)
 def test_a_killed_worker_ends_the_writing(make_recipe, monkeypatch):
-    monkeypatch.setitem(SOURCES, "faulty", faulty_source(deadly=True))
+    monkeypatch.setitem(SOURCES, "faulty", faulty_source(deadly=5))
     recipe = make_recipe(source="faulty", workers=2)
     with pytest.raises(UserError) as error:
         prepare(recipe)

@@ -1,0 +1,85 @@
+"""One split of a source: labels, and images that are read one by one. Splits are shared with forked processes."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline.data.sources.images import decode, read_file
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labels and images of one split."""
+
+    classes: tuple[str, ...]
+    labels: np.ndarray  # (N,) int64
+    fixed_size: bool  # True: stored as squares of data.image_size; False: their size varies and the loader crops them
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> Image.Image:
+        """The image as the source has it, in RGB. Raises what its reader raises on a broken one."""
+        raise NotImplementedError
+
+    def describe(self, index: int) -> str:
+        """Where image ``index`` comes from, for messages."""
+        raise NotImplementedError
+
+    def identity(self) -> str:
+        """A hash of classes, labels and places of the images, by which an interrupted writing recognises its source."""
+        digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape") + self.labels.tobytes())
+        for index in range(len(self)):
+            digest.update(self.describe(index).encode(errors="surrogateescape") + b"\0")
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ArraySplit(Split):
+    """Images that are in memory."""
+
+    images: np.ndarray  # (N, H, W, 3) uint8
+    name: str
+
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images[index])
+
+    def describe(self, index: int) -> str:
+        return f"image {index} of {self.name}"
+
+
+@dataclass(frozen=True)
+class FileSplit(Split):
+    """Images that are files."""
+
+    root: Path
+    names: tuple[str, ...]  # relative to ``root``, or absolute
+
+    def read(self, index: int) -> Image.Image:
+        return decode(read_file(self.root / self.names[index]))
+
+    def describe(self, index: int) -> str:
+        return str(self.root / self.names[index])
+
+
+@dataclass(frozen=True)
+class TarSplit(Split):
+    """Images that are members of uncompressed tar files, read in place."""
+
+    tars: tuple[Path, ...]
+    names: tuple[str, ...]
+    extents: np.ndarray  # (N, 3) int64: number of the tar, offset and length of each member's bytes
+
+    def read(self, index: int) -> Image.Image:
+        tar, offset, length = self.extents[index]
+        return decode(read_file(self.tars[tar], int(offset), int(length)))
+
+    def describe(self, index: int) -> str:
+        return f"{self.tars[self.extents[index, 0]]}: {self.names[index]}"
+
+    def identity(self) -> str:
+        about = [(path.stat().st_size, path.stat().st_mtime_ns) for path in self.tars]
+        return f"{super().identity()} {hashlib.sha256(self.extents.tobytes()).hexdigest()} {about}"

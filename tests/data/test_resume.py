@@ -1,0 +1,166 @@
+"""A writer that is stopped continues where it was; the files are then the same, byte for byte."""
+
+import os
+import signal
+import time
+from multiprocessing import get_context
+
+import pytest
+from ffcv.reader import Reader
+from test_write import faulty_source, one_line, remains
+
+from pipeline.data import writers
+from pipeline.data.beton import MIN_PAGE
+from pipeline.data.journal import Journal
+from pipeline.data.sources import SOURCES
+from pipeline.data.write import prepare
+from pipeline.errors import UserError
+
+COUNT = 60  # images of each split, in chunks of 5
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+@pytest.fixture
+def reference(make_recipe, monkeypatch, tmp_path):
+    """What one process writes without a stop."""
+    monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT))
+    recipe = make_recipe(source="squares", chunk_size=5, workers=1, prepared=tmp_path / "reference")
+    prepare(recipe)
+    return contents(recipe.data.folder)
+
+
+@pytest.fixture
+def recipe(make_recipe):
+    return make_recipe(source="squares", chunk_size=5, workers=2)
+
+
+def finished(recipe, name="train") -> int:
+    """Chunks that the journal in the recipe's folder holds."""
+    path = recipe.data.folder / f"{name}.beton.tmp.journal"
+    return max(len(path.read_bytes().splitlines()) - 1, 0) if path.is_file() else 0
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_writer_continues(reference, recipe, monkeypatch, number, capfd):
+    monkeypatch.setattr(writers, "SYNC_SECONDS", 0)
+    monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT, seconds=0.05))
+    writer = get_context("fork").Process(target=prepare, args=(recipe,))
+    writer.start()
+    while finished(recipe) < 4:
+        time.sleep(0.01)
+    os.kill(writer.pid, number)
+    writer.join()
+    done = finished(recipe)
+    assert 4 <= done < COUNT / 5 and not (recipe.data.folder / "train.beton").exists()
+    read = get_context("fork").Value("i", 0)
+    monkeypatch.setitem(SOURCES, "squares", counting(read))
+    prepare(recipe)
+    assert read.value == 2 * COUNT - 5 * done  # nothing is read twice
+    assert f"continues after {5 * done} images" in capfd.readouterr().err
+    assert contents(recipe.data.folder) == reference
+
+
+def counting(read):
+    """The source, counting how many images are read in all processes."""
+    splits = faulty_source(COUNT)(None)
+    kind = type(splits["train"])
+
+    class Counting(kind):
+        def read(self, index):
+            with read.get_lock():
+                read.value += 1
+            return super().read(index)
+
+    return lambda data: {name: Counting(split.classes, split.labels, split.fixed_size) for name, split in splits.items()}
+
+
+def test_a_broken_image_is_repaired_and_writing_continues(reference, recipe, monkeypatch):
+    def broken(data):
+        splits = faulty_source(COUNT)(data)
+
+        class Broken(type(splits["train"])):
+            def read(self, index):
+                if index == 32:
+                    raise ValueError("is broken")
+                return super().read(index)
+
+        return {**splits, "train": Broken(splits["train"].classes, splits["train"].labels, True)}
+
+    monkeypatch.setitem(SOURCES, "squares", broken)
+    with pytest.raises(UserError) as error:
+        prepare(recipe)
+    assert "square 32: is not a readable image: is broken" in one_line(error) and "data.broken_images=skip" in one_line(error)
+    assert 4 <= finished(recipe) <= 6
+    monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT))
+    prepare(recipe)
+    assert contents(recipe.data.folder) == reference
+
+
+def test_another_source_is_not_continued(reference, recipe, monkeypatch, capfd):
+    monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT, deadly=50))
+    monkeypatch.setattr(writers, "SYNC_SECONDS", 0)
+    with pytest.raises(UserError, match="it continues"):
+        prepare(recipe)
+    assert finished(recipe)
+    monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT + 1))
+    prepare(recipe)
+    assert "begun again" in capfd.readouterr().err
+    assert remains(recipe.data.folder) == ["manifest.json", "train.beton", "val.beton"]
+
+
+def test_a_damaged_journal_counts_up_to_its_damage(recipe, reference, monkeypatch):
+    monkeypatch.setattr(writers, "SYNC_SECONDS", 0)
+    monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT, deadly=59))
+    with pytest.raises(UserError):
+        prepare(recipe)
+    data = recipe.data.folder / "train.beton.tmp"
+    journal = data.with_name("train.beton.tmp.journal")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    identity = lines[0].decode().split('"')[3]
+    assert len(lines) >= 6
+    whole = journal.read_bytes()
+    for damaged, chunks in (
+        (whole[:-7], len(lines) - 2),  # a line is cut off
+        (b"".join([*lines[:3], b"\0" * 100 + b"\n", *lines[4:]]), 2),
+        (b"".join(lines[:2]) + lines[2].replace(b'"end": ', b'"end": 9999999'), 1),  # more than the file holds
+        (lines[0], 0),
+        (b"", 0),
+        (b'{"identity": "another"}\n' + b"".join(lines[1:]), 0),
+    ):
+        journal.write_bytes(damaged)
+        assert len(Journal(data, identity).chunks) == chunks
+    journal.write_bytes(b"".join(lines[:4]) + lines[4][:50])
+    monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT))
+    prepare(recipe)
+    assert contents(recipe.data.folder) == reference
+
+
+def test_bytes_that_the_disk_has_changed_are_found(recipe, reference, monkeypatch):
+    monkeypatch.setattr(writers, "SYNC_SECONDS", 0)
+    monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT, deadly=59))
+    with pytest.raises(UserError):
+        prepare(recipe)
+    data = recipe.data.folder / "train.beton.tmp"
+    with open(data, "r+b") as file:
+        file.seek(MIN_PAGE)  # of the first image
+        file.write(b"\xff")
+    monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT))
+    with pytest.raises(UserError, match="not those that were written"):
+        prepare(recipe)
+
+
+def test_chunks_and_processes_do_not_change_a_byte(make_recipe, monkeypatch, tmp_path):
+    monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT))
+    found = []
+    for chunk_size, workers in ((7, 1), (7, 2), (100, 2)):
+        folder = tmp_path / f"{chunk_size}-{workers}"
+        recipe = make_recipe(source="squares", chunk_size=chunk_size, workers=workers, write_mode="proportion", prepared=folder)
+        prepare(recipe)
+        found.append(contents(recipe.data.folder))
+    assert found[0] == found[1] == found[2]
+    modes = Reader(str(recipe.data.folder / "train.beton")).metadata["f0"]["mode"]
+    assert 0.3 < modes.mean() < 0.7  # half of them raw
