@@ -6,13 +6,20 @@ import numpy as np
 from ffcv.reader import Reader
 from PIL import Image
 
-from pipeline.recipe import Recipe, from_dict
+from pipeline.data.sources import Split
+from pipeline.data.sources.images import fit
+from pipeline.recipe import DataRecipe, Recipe, from_dict
 
 
 def recipe(prepared: Path, global_batch_size: int = 64, seed: int = 0, epochs: int = 1, **data: object) -> Recipe:
     data = {"source": "digits", "image_size": 16, "workers": 1, "prepared": str(prepared), **data}
     training = {"epochs": epochs, "global_batch_size": global_batch_size, "learning_rate": 0.1}
     return from_dict({"name": "test", "model": {"name": "none"}, "data": data, "training": training, "seed": seed})
+
+
+def stored(split: Split, index: int, data: DataRecipe) -> np.ndarray:
+    """The pixels (H, W, 3) of an image as they are written."""
+    return fit(split.read(index), data, split.fixed_size)
 
 
 def write_images(root: Path, **counts: int) -> None:

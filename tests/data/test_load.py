@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ffcv.types import HeaderType
-from small_data import damage, recipe
+from small_data import damage, recipe, stored
 
 from pipeline.data.decode import StoredImages
 from pipeline.data.load import Batch, threads
@@ -58,7 +58,7 @@ def test_digits_come_back_pixel_by_pixel(digits, make_recipe):
         assert [tensor.dtype for tensor in batches[0][:3]] == [torch.uint8, torch.int64, torch.int64] and batches[0].targets is None
         for batch in batches:  # kept until the end, so they are not views of buffers in use
             for image, label, index in zip(*batch[:3], strict=True):
-                pixels, wanted = source[int(index)]
+                pixels, wanted = stored(source, int(index), recipe.data), source.labels[index]
                 assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels) and label == wanted
 
 
@@ -134,7 +134,7 @@ def test_evaluation_shows_the_centre_of_photos(photos, make_recipe):
     source = open_source(recipe.data)["val"]
     for batch in read(eval_loader(recipe, World(), 5)):
         for image, index in zip(batch.images, batch.indices, strict=True):
-            pixels, _ = source[int(index)]
+            pixels = stored(source, int(index), recipe.data)
             side = round(min(pixels.shape[:2]) * 224 / 256)
             top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
             centre = torch.from_numpy(pixels[top : top + side, left : left + side].copy()).permute(2, 0, 1)[None].float()
