@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 PACKAGES := build-essential pkg-config libopencv-dev libturbojpeg0-dev libaio-dev libgl1 libglib2.0-0
 READY := $(VENV)/ready
 
-.PHONY: help demo test faults setup clean
+.PHONY: help demo test faults fuzz setup clean
 
 help:
 	@echo "make demo   train a hybrid CoDA ResNet and the plain ResNet it came from, and compare them"
 	@echo "make test   lint, type-check and run the test-suite"
 	@echo "make faults strike a training under a local Slurm 60 times: root, slurm-wlm and munge, over an hour"
+	@echo "make fuzz   prepare and verify 2,000 mutated files (images, tars, .beton, manifests): some minutes"
 	@echo "make setup  system packages, virtual environment and dependencies (both commands do this by themselves)"
 
 demo: setup
@@ -28,6 +29,9 @@ test: setup
 
 faults: setup
 	@OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python tests/slurm/faults.py
+
+fuzz: setup
+	@OMP_NUM_THREADS=1 PYTHONPATH=.:tests/data $(BIN)/python tests/data/fuzz.py --files 2000
 
 setup: $(READY)
 

@@ -1,17 +1,18 @@
 """What a writer has finished, so that the same command continues after any end, kill -9 and power failure included.
 
-One JSON line per chunk of images, in their order, is appended after the chunk's bytes are on the disk. The first line names what is
-written: a journal of something else is worth nothing.
+One line per chunk of images, in their order, is appended after the chunk's bytes are on the disk: a hash of the line, and JSON. The
+first line names what is written: a journal of something else is worth nothing.
 """
 
 import base64
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from pipeline.data.beton import STORED
 from pipeline.files import sync
@@ -61,20 +62,18 @@ class Journal:
 
 
 def _line(chunk: Chunk) -> bytes:
-    tree = {**vars(chunk), "images": base64.b64encode(chunk.images.tobytes()).decode()}
-    return json.dumps(tree).encode() + b"\n"
+    text = json.dumps({**vars(chunk), "images": base64.b64encode(chunk.images.tobytes()).decode()}).encode()
+    return xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n"
 
 
-def _chunks(lines: Sequence[bytes], size: int):
-    """The chunks of whole ``lines`` that lie within ``size`` bytes; the last line may have been cut off."""
+def _chunks(lines: Sequence[bytes], size: int) -> Iterator[Chunk]:
+    """The chunks of the ``lines`` up to the first that is damaged, such as one cut off, or names more than ``size`` bytes."""
     for line in lines:
-        try:
-            tree = json.loads(line)
-            images = np.frombuffer(base64.b64decode(tree["images"], validate=True), STORED)
-            broken = tuple((int(index), str(reason)) for index, reason in tree["broken"])
-            chunk = Chunk(int(tree["begin"]), int(tree["end"]), images, broken, str(tree["xxh64"]))
-        except (ValueError, TypeError, KeyError):
+        digest, _, text = line.partition(b" ")
+        if not line.endswith(b"\n") or xxhash.xxh3_64_hexdigest(text[:-1]).encode() != digest:
             return
-        if not line.endswith(b"\n") or chunk.end > size:
+        tree = json.loads(text)
+        if tree["end"] > size:
             return
-        yield chunk
+        tree["images"] = np.frombuffer(base64.b64decode(tree["images"]), STORED)
+        yield Chunk(**{**tree, "broken": tuple((index, reason) for index, reason in tree["broken"])})

@@ -18,7 +18,7 @@ from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderT
 
 from pipeline.errors import UserError
 from pipeline.files import sync, write_atomically
-from pipeline.recipe import DataRecipe
+from pipeline.recipe import MAX_RESOLUTION, DataRecipe
 
 NAME = "manifest.json"
 VERSION = 1
@@ -92,19 +92,30 @@ def open_manifest(folder: str | Path) -> Manifest:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
     try:
-        tree = json.loads(content)
-        if tree.pop("version") != VERSION:
-            raise ValueError(f"not of version {VERSION}")
-        splits = {name: _split_file(**entry) for name, entry in tree["splits"].items()}
-        fields: dict[str, Any] = {**tree, "splits": splits, "classes": tuple(tree["classes"])}
-        manifest = Manifest(**fields, sha256=hashlib.sha256(content).hexdigest())
-        if set(splits) != {"train", "val"}:
-            raise ValueError(f"splits are {sorted(splits)}")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: is damaged or of another version ({error}); remove it and {REMEDY}") from error
+        manifest = _parse(json.loads(content), hashlib.sha256(content).hexdigest())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: is damaged or of another version ({reason}); remove it and {REMEDY}") from error
     for split in manifest.splits.values():
         if measure(path.parent / split.file) != (split.bytes, split.samples, split.tables_sha256):
             raise UserError(f"{path.parent / split.file}: is not the file that {NAME} describes; {REMEDY}")
+    return manifest
+
+
+def _parse(tree: dict[str, Any], sha256: str) -> Manifest:
+    """Raises an error of some kind if ``tree`` is no manifest."""
+    if tree.pop("version") != VERSION:
+        raise ValueError(f"not of version {VERSION}")
+    splits = {name: _split_file(**entry) for name, entry in tree.pop("splits").items()}
+    manifest = Manifest(**{**tree, "splits": splits, "classes": tuple(tree["classes"]), "sha256": sha256})
+    if set(splits) != {"train", "val"}:
+        raise ValueError(f"splits are {sorted(splits)}")
+    if type(manifest.image_size) is not int or not 0 < manifest.image_size <= MAX_RESOLUTION:
+        raise ValueError(f"image_size is {manifest.image_size!r}")
+    if any(len(split.class_counts) != len(manifest.classes) or sum(split.class_counts) != split.samples for split in splits.values()):
+        raise ValueError("the images per class do not add up")
+    if not all(type(name) is str for name in (*manifest.classes, manifest.source, *(split.file for split in splits.values()))):
+        raise ValueError("a name is no text")
     return manifest
 
 

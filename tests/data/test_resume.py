@@ -126,14 +126,20 @@ def test_a_damaged_journal_counts_up_to_its_damage(recipe, reference, monkeypatc
     for damaged, chunks in (
         (whole[:-7], len(lines) - 2),  # a line is cut off
         (b"".join([*lines[:3], b"\0" * 100 + b"\n", *lines[4:]]), 2),
-        (b"".join(lines[:2]) + lines[2].replace(b'"end": ', b'"end": 9999999'), 1),  # more than the file holds
+        (b"".join(lines[:2]) + lines[2].replace(b'"end": ', b'"end": 9'), 1),
         (lines[0], 0),
         (b"", 0),
         (b'{"identity": "another"}\n' + b"".join(lines[1:]), 0),
     ):
         journal.write_bytes(damaged)
         assert len(Journal(data, identity).chunks) == chunks
-    journal.write_bytes(b"".join(lines[:4]) + lines[4][:50])
+    journal.write_bytes(whole)
+    found = Journal(data, identity).chunks
+    size = data.stat().st_size
+    os.truncate(data, found[2].end - 1)
+    assert len(Journal(data, identity).chunks) == 2  # the file does not hold the third
+    os.truncate(data, size)
+    journal.write_bytes(b"".join(lines[:3]) + lines[3][:50])
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT))
     prepare(recipe)
     assert contents(recipe.data.folder) == reference
