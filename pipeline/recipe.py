@@ -229,21 +229,18 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _check(recipe: Recipe, where: str) -> None:
     training, data, evaluation = recipe.training, recipe.data, recipe.evaluation
-    every_save = training.checkpoint_every_updates
+    every_save, shares = training.checkpoint_every_updates, ("compress_probability", "color_jitter", "random_erasing")
     rules = [
         ("name", recipe.name, bool(recipe.name) and Path(recipe.name).name == recipe.name, "a single folder name"),
         ("seed", recipe.seed, 0 <= recipe.seed < 2**32, "between 0 and 2^32 - 1"),
-        ("data.image_size", data.image_size, data.image_size > 0, "at least 1"),
-        ("data.workers", data.workers, data.workers > 0, "at least 1"),
-        ("data.compress_probability", data.compress_probability, 0 <= data.compress_probability <= 1, "between 0 and 1"),
+        *((f"data.{key}", getattr(data, key), getattr(data, key) > 0, "at least 1") for key in ("image_size", "workers")),
+        *((f"data.{key}", getattr(data, key), 0 <= getattr(data, key) <= 1, "in [0, 1]") for key in shares),
         ("data.jpeg_quality", data.jpeg_quality, 1 <= data.jpeg_quality <= 100, "between 1 and 100"),
         ("data.max_resolution", data.max_resolution, 0 < (data.max_resolution or 1) <= MAX_RESOLUTION, f"between 1 and {MAX_RESOLUTION}"),
         ("data.chunk_size", data.chunk_size, 0 < data.chunk_size <= 10_000, "between 1 and 10,000"),
         ("data.crop_padding", data.crop_padding, 0 <= data.crop_padding < data.image_size, "between 0 and the image size"),
         ("data.rand_augment_operations", data.rand_augment_operations, 0 <= data.rand_augment_operations <= 16, "between 0 and 16"),
         ("data.rand_augment_magnitude", data.rand_augment_magnitude, 0 <= data.rand_augment_magnitude <= 30, "between 0 and 30"),
-        ("data.color_jitter", data.color_jitter, 0 <= data.color_jitter <= 1, "in [0, 1]"),
-        ("data.random_erasing", data.random_erasing, 0 <= data.random_erasing <= 1, "in [0, 1]"),
         ("data.mixup_alpha", data.mixup_alpha, 0 <= data.mixup_alpha < float("inf"), "0 (off) or more"),
         ("data.cutmix_alpha", data.cutmix_alpha, 0 <= data.cutmix_alpha < float("inf"), "0 (off) or more"),
         ("data.eval_size", data.eval_size, data.eval_size is None or data.eval_size > 0, "at least 1"),

@@ -1,0 +1,131 @@
+"""Writing speed against its limit: ``python -m benchmarks.data_write [--shared FOLDER]``.
+
+The limit is what as many processes reach that decode and resize the same images and write nothing. The images are the originals of
+``imagenet_sample.tar``, each listed several times, so that the fixed costs of a file count as in a large data set. FFCV's own writer,
+given the same decoded images, stands beside it. Medians of interleaved rounds; writing includes indexing, tables, hashes and fsync.
+"""
+
+import argparse
+import csv
+import ctypes
+import multiprocessing
+import shutil
+import statistics
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+from ffcv.fields import IntField, RGBImageField
+from ffcv.writer import DatasetWriter
+
+from pipeline.data.sources import Split, open_source
+from pipeline.data.sources.images import fit
+from pipeline.data.write import prepare
+from pipeline.recipe import DataRecipe, Recipe, from_dict
+
+FORK = multiprocessing.get_context("fork")
+
+
+def recipe_of(table: Path, prepared: Path, resolution: int, workers: int) -> Recipe:
+    """Originals stored as JPEG, the longer side at most ``resolution`` pixels."""
+    data = {"source": "csv", "path": str(table), "image_size": 224, "prepared": str(prepared), "workers": workers}
+    data |= {"write_mode": "jpg", "max_resolution": resolution}
+    training = {"epochs": 1, "global_batch_size": 1, "learning_rate": 0.1}
+    return from_dict({"name": "write", "model": {"name": "none"}, "data": data, "training": training})
+
+
+def unpack(tar: Path, folder: Path, repeats: int) -> Path:
+    """A CSV that lists every image of ``tar`` ``repeats`` times as train and ten of them as val."""
+    with tarfile.open(tar) as archive:
+        archive.extractall(folder, filter="data")
+    paths = sorted(folder.rglob("*.JPEG"))
+    with open(folder / "table.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("path", "label", "split"))
+        writer.writerows((path, path.parent.name, "train") for _ in range(repeats) for path in paths)
+        writer.writerows((path, path.parent.name, "val") for path in paths[:10])
+    return folder / "table.csv"
+
+
+def limit(split: Split, data: DataRecipe) -> float:
+    """Seconds in which ``data.workers`` processes decode and resize all images."""
+    counter = FORK.Value(ctypes.c_int64, 0)
+    begin = time.perf_counter()
+    processes = [FORK.Process(target=_decode, args=(split, data, counter)) for _ in range(data.workers)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    return time.perf_counter() - begin
+
+
+def _decode(split: Split, data: DataRecipe, counter) -> None:
+    while True:
+        with counter.get_lock():
+            begin = counter.value
+            counter.value += data.chunk_size
+        if begin >= len(split):
+            return
+        for index in range(begin, min(begin + data.chunk_size, len(split))):
+            fit(split.read(index), data, split.fixed_size)
+
+
+def ours(recipe: Recipe) -> float:
+    """Seconds of `coda prepare`."""
+    shutil.rmtree(recipe.data.folder, ignore_errors=True)
+    begin = time.perf_counter()
+    prepare(recipe)
+    return time.perf_counter() - begin
+
+
+class _Indexed:
+    """A split as FFCV's writer wants it."""
+
+    def __init__(self, split: Split, data: DataRecipe):
+        self.split, self.data = split, data
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int):
+        return fit(self.split.read(index), self.data, self.split.fixed_size), int(self.split.labels[index])
+
+
+def ffcv(split: Split, data: DataRecipe, path: Path) -> float:
+    """Seconds of FFCV's writer."""
+    fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=data.jpeg_quality), "label": IntField()}
+    begin = time.perf_counter()
+    DatasetWriter(str(path), fields, num_workers=data.workers).from_indexed_dataset(_Indexed(split, data), chunksize=data.chunk_size)
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shared", type=Path, default=Path("../shared/data"), help="folder of imagenet_sample.tar")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    print(
+        "| stored as JPEG up to | decode-bound limit, images/s | coda prepare | FFCV's writer | coda prepare / limit |\n|---|---|---|---|---|"
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        table = unpack(options.shared / "imagenet_sample.tar", folder / "images", options.repeats)
+        for resolution in (500, 256):
+            recipe = recipe_of(table, folder / "data", resolution, options.workers)
+            split = open_source(recipe.data)["train"]
+            seconds: dict[str, list[float]] = {"limit": [], "coda": [], "ffcv": []}
+            for _ in range(options.rounds):
+                seconds["limit"].append(limit(split, recipe.data))
+                seconds["coda"].append(ours(recipe))
+                seconds["ffcv"].append(ffcv(split, recipe.data, folder / "ffcv.beton"))
+            speed = {name: len(split) / statistics.median(times) for name, times in seconds.items()}
+            ratio = statistics.median(bound / whole for bound, whole in zip(seconds["limit"], seconds["coda"], strict=True))
+            print(f"| {resolution} px | {speed['limit']:.0f} | {speed['coda']:.0f} | {speed['ffcv']:.0f} | {ratio:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
