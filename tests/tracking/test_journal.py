@@ -1,6 +1,5 @@
 """The tracker against real MLflow stores: everything exactly once, through kills, dead servers and restarts."""
 
-import json
 import math
 import os
 import shutil
@@ -9,78 +8,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
+from tracked import assert_store_equals_journal, free_port, journal, make_recipe
 
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.recipe import Recipe, TrackingRecipe, from_dict
+from pipeline.recipe import TrackingRecipe
 from pipeline.tracking import METRICS, open_tracker, sync
 from pipeline.tracking.sender import mlflow_client
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory):
-    """An MLflow SQLite file without runs: making one takes seconds, copying it does not."""
-    path = tmp_path_factory.mktemp("store") / "empty.db"
-    mlflow_client(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def store(empty_database, tmp_path):
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path / 'mlflow.db'}"
-
-
-def make_recipe(folder: Path, uri: str | None) -> Recipe:
-    """A recipe for the run in ``folder``, stored there as the training code does."""
-    tree = {
-        "name": folder.name,
-        "runs": str(folder.parent),
-        "model": {"name": "coda_resnet20", "args": {"temperature": 64.0}},
-        "data": {"source": "digits", "image_size": 32},
-        "training": {"epochs": 2, "global_batch_size": 64, "learning_rate": 1e-3},
-        "tracking": {"uri": uri},
-    }
-    recipe = from_dict(tree)
-    folder.mkdir(exist_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
-    return recipe
-
-
-def journal(folder: Path, kind: str) -> list[dict]:
-    lines = (folder / "journal.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-
-def assert_store_equals_journal(uri: str, folder: Path, status: str = "FINISHED"):
-    """One run in the store, and in it each journal entry exactly once; returns the run."""
-    client = mlflow_client(uri)
-    experiments = [found.experiment_id for found in client.search_experiments()]
-    (run,) = client.search_runs(experiments)
-    assert run.info.run_id == (folder / "run_id").read_text()
-    assert (run.info.run_name, run.info.status) == (folder.name, status)
-    rows = Counter()
-    for name in run.data.metrics:
-        rows.update((name, row.step, row.value, row.timestamp) for row in client.get_metric_history(run.info.run_id, name))
-    assert rows == Counter((line["key"], line["step"], line["value"], line["timestamp"]) for line in journal(folder, "metric"))
-    assert len({(name, step) for name, step, *_ in rows}) == rows.total(), "a step stands twice in the history"
-    assert run.data.params == {line["key"]: line["value"] for line in journal(folder, "param")}
-    tags = {key: text for key, text in run.data.tags.items() if not key.startswith("mlflow.")}
-    assert tags == {line["key"]: line["value"] for line in journal(folder, "tag")}
-    artifacts = Path(run.info.artifact_uri.removeprefix("file://"))
-    stored = sorted(str(path.relative_to(artifacts)) for path in artifacts.rglob("*") if path.is_file())
-    assert stored == sorted({str(Path(line["value"]) / Path(line["key"]).name) for line in journal(folder, "artifact")})
-    assert (artifacts / "recipe.yaml").read_text() == (folder / "recipe.yaml").read_text()
-    assert int((folder / "journal.offset").read_text()) == (folder / "journal.jsonl").stat().st_size
-    return run
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_everything_arrives_exactly_once_in_the_default_store(empty_database, tmp_path):
@@ -279,12 +219,6 @@ def test_missing_artifact_does_not_hold_up_the_rest(store, tmp_path, caplog):
     assert mlflow_client(store).get_run(tracker.run_id).data.metrics == {"val/top1": 0.5}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_dead_server_costs_nothing_and_sync_brings_everything_later(store, tmp_path, caplog):
     folder, dead = tmp_path / "run", f"http://127.0.0.1:{free_port()}"
     recipe = make_recipe(folder, dead)
@@ -345,29 +279,6 @@ def test_sync_of_something_else_is_a_clear_error(tmp_path, files, message):
         (tmp_path / name).touch()
     with pytest.raises(UserError, match=message):
         sync(tmp_path)
-
-
-@pytest.mark.slow
-def test_real_server_over_http_holds_the_journal_exactly_once(tmp_path):
-    port, folder = free_port(), tmp_path / "run"
-    uri, artifacts = f"http://127.0.0.1:{port}", tmp_path / "artifacts"
-    options = f"--backend-store-uri sqlite:///{tmp_path}/mlflow.db --artifacts-destination {artifacts} --port {port} --workers 1"
-    command = [sys.executable, "-m", "mlflow", "server", *options.split()]
-    server = subprocess.Popen(command, start_new_session=True, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        with open_tracker(make_recipe(folder, uri), folder, World()) as tracker:  # long before the server listens
-            for step in range(1500):
-                tracker.metrics({"train/loss": 1 / (step + 1)}, step)
-            deadline = time.monotonic() + 150
-            while not tracker.flush(10) and time.monotonic() < deadline:
-                time.sleep(1)
-        rows = [(row.step, row.value) for row in mlflow_client(uri).get_metric_history(tracker.run_id, "train/loss")]
-        assert sorted(rows) == [(step, 1 / (step + 1)) for step in range(1500)]
-        assert mlflow_client(uri).get_run(tracker.run_id).info.status == "FINISHED"
-        assert [path.name for path in artifacts.rglob("*.yaml")] == ["recipe.yaml"]
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
 
 
 def test_every_metric_says_what_it_means_and_what_its_steps_count():
