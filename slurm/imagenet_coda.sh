@@ -22,7 +22,8 @@ if [ -n "${CODA_SWEEP:-}" ]; then # one element of slurm/sweep.sh
     # shellcheck disable=SC2086
     read -ra chosen <<<"$(combination "$SLURM_ARRAY_TASK_ID" $CODA_SWEEP)"
     stem=$(basename "$recipe" .yaml)
-    overrides+=("${chosen[@]}" name="$stem$(printf -- '-%s' "${chosen[@]#*=}")" tracking.experiment="$stem-sweep")
+    overrides+=("${chosen[@]}" name="$stem$(printf -- '-%s' "${chosen[@]#*=}")" tracking.experiment="$stem-sweep"
+        tracking.parent="$stem-sweep-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}")
 fi
 launch train "$recipe" "${@:2}" "${overrides[@]}"
 end_job $?

@@ -1,0 +1,85 @@
+"""Runs beside each other: the same numbers in the table, on the page, in the picture, and behind MLflow's address."""
+
+import json
+import re
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+import yaml
+from PIL import Image
+from recipes_for_tests import small_recipe
+
+from pipeline.cli import main
+from pipeline.comparison import differences, find_runs, mlflow_views, report, table
+from pipeline.errors import UserError
+
+
+def evaluated(runs, name, uri, top1, *, rank=2, experiment="digits", parent=None):
+    """Folder of a run that was evaluated, as far as a comparison reads it."""
+    args = {"rank": rank, "temperature": 10.0}
+    recipe = small_recipe(
+        runs, name=name, runs=str(runs), model__args=args, tracking={"uri": uri, "experiment": experiment, "parent": parent}
+    )
+    folder = recipe.folder
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
+    values = {"val/top1": top1, "interp/localisation": 0.3 * top1, "interp/localisation_junction": 0.8, "interp/completeness_error": 2e-7}
+    curve = [{"method": "contributions", "distance": d, "mean": 0.9 - 0.6 * d} for d in (0.2, 0.6, 1.0)]
+    (folder / "evaluation.json").write_text(json.dumps({"grid_size": 3, "values": values, "tables": {"depth": curve}}))
+    for file, text in (("run_id", f"id-{name}"), ("experiment_id", "7")):
+        (folder / file).write_text(text)
+    (folder / "pictures").mkdir()
+    Image.new("RGB", (40, 30), "red").save(folder / "pictures" / "contributions.png")
+    return folder
+
+
+def test_the_same_comparison_as_text_page_and_picture(tmp_path):
+    for name, top1, rank in (("low", 0.75, 2), ("high", 0.9, 4)):
+        evaluated(tmp_path, name, "http://mlflow.lab:5000", top1, rank=rank)
+    runs = find_runs([str(tmp_path / "low"), str(tmp_path / "high")], tmp_path)
+    assert differences(runs) == {"model.args.rank": ["2", "4"]}
+    assert re.search(r"low +0\.7500 +2\.0e-07 +0\.2250 +0\.8000", table(runs)) and "chance 0.111" in table(runs)
+    page = report(runs, tmp_path / "out").read_text()
+    for shown in ("0.7500", "0.2250", "<td>model.args.rank</td><td>2</td><td>4</td>", "id-low", "low: contributions"):
+        assert shown in page
+    assert page.count("data:image/png;base64,") == 3 and 'src="http' not in page and "<script" not in page
+    with Image.open(tmp_path / "out" / "comparison.png") as picture:
+        assert picture.width > 1000 and len(picture.convert("RGB").getcolors(2**20)) > 50
+    assert (tmp_path / "out" / "comparison.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_mlflow_shows_exactly_these_runs(tmp_path):
+    for name in ("a", "b"):
+        evaluated(tmp_path, name, "http://mlflow.lab:5000/", 0.5)
+    evaluated(tmp_path, "c", None, 0.5)
+    served, local = sorted(mlflow_views(find_runs([str(tmp_path / name) for name in "abc"], tmp_path)))[::-1]
+    assert served[1] is None and local[1] == f"coda serve --backend-store-uri sqlite:///{tmp_path / 'mlflow.db'}"
+    address = urlsplit(urlsplit(served[0]).fragment)
+    query = parse_qs(address.query)
+    assert served[0].startswith("http://mlflow.lab:5000/#/") and address.path == "/experiments/7/runs"
+    assert query["compareRunsMode"] == ["CHART"] and query["searchFilter"] == ["attributes.run_id IN ('id-a', 'id-b')"]
+    assert local[0].startswith("http://127.0.0.1:5000/#/experiments/7/runs?") and "id-c" in local[0]
+
+
+def test_an_experiment_and_a_sweep_name_their_runs(tmp_path):
+    for name, experiment, parent in (("a", "digits", None), ("b", "digits", "ranks"), ("c", "other", "ranks")):
+        evaluated(tmp_path, name, None, 0.5, experiment=experiment, parent=parent)
+    names = {word: [run.recipe.name for run in find_runs([word], tmp_path)] for word in ("digits", "ranks")}
+    assert names == {"digits": ["a", "b"], "ranks": ["b", "c"]}
+    assert [run.recipe.name for run in find_runs([str(tmp_path / "c"), "ranks"], tmp_path)] == ["c", "b"]
+    with pytest.raises(UserError, match="nothing: is no run's folder.*experiments there: digits, other"):
+        find_runs(["nothing"], tmp_path)
+
+
+def test_the_command_opens_what_it_prints(tmp_path, monkeypatch, capsys):
+    import webbrowser
+
+    opened = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    evaluated(tmp_path, "a", "http://mlflow.lab:5000", 0.5)
+    evaluated(tmp_path, "b", None, 0.5)
+    assert main(["compare", str(tmp_path / "a"), "--open"]) == 0
+    assert len(opened) == 1 and opened[0].startswith("http://mlflow.lab:5000/#/") and opened[0] in capsys.readouterr().out
+    assert main(["compare", str(tmp_path / "b"), "--open", "--output", str(tmp_path / "out")]) == 0
+    assert opened[1:] == [(tmp_path / "out" / "comparison.html").as_uri()]
+    assert "after `coda serve --backend-store-uri sqlite:///" in capsys.readouterr().out
