@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +143,7 @@ def sync(folder: Path, overrides: Iterable[str] = ()) -> int:
 
 
 def _sync_run(folder: Path, overrides: list[str]) -> int:
-    recipe = load_stored(folder, [*overrides, f"runs={folder.parent}"])  # the folder may have been moved
+    recipe = replace(load_stored(folder, overrides), runs=str(folder.parent))  # the folder may have been moved
     check_uri(recipe)
     if not is_open(folder / JOURNAL):
         _note_death(folder / JOURNAL)
