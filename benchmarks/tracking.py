@@ -93,9 +93,9 @@ def tracker_to(uri: str | None, folder: Path) -> Tracker:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--updates", type=int, default=60, help="of a block")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "2"  # so that nothing is left of a block when the next one begins
@@ -111,7 +111,7 @@ def main() -> None:
             "server up": f"http://127.0.0.1:{port}",
             "server down": f"http://127.0.0.1:{free_port()}",
             "server accepts and never answers": silent.uri,
-            "server answers after 3 s": slow.uri,
+            "server answers after 4 s": slow.uri,
             "server answers 500": broken.uri,
             "SQLite file": f"sqlite:///{folder / 'own' / 'mlflow.db'}",
             "SQLite file, locked": f"sqlite:///{folder / 'locked' / 'mlflow.db'}",

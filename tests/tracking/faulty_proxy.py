@@ -6,7 +6,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 FAULTS = ("error", "silent", "late")  # answers 500 (nothing forwarded), never answers, forwards at once but answers after `LATE` seconds
-LATE = 3.0
+LATE = 4.0
 
 
 class FaultyProxy:
