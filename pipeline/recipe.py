@@ -241,10 +241,9 @@ def _check(recipe: Recipe, where: str) -> None:
         ("data.crop_padding", data.crop_padding, 0 <= data.crop_padding < data.image_size, "between 0 and the image size"),
         ("data.rand_augment_operations", data.rand_augment_operations, 0 <= data.rand_augment_operations <= 16, "between 0 and 16"),
         ("data.rand_augment_magnitude", data.rand_augment_magnitude, 0 <= data.rand_augment_magnitude <= 30, "between 0 and 30"),
-        ("data.mixup_alpha", data.mixup_alpha, 0 <= data.mixup_alpha < float("inf"), "0 (off) or more"),
-        ("data.cutmix_alpha", data.cutmix_alpha, 0 <= data.cutmix_alpha < float("inf"), "0 (off) or more"),
+        *((f"data.{key}", value, 0 <= value < 1000, "0 (off) or more") for key, value in vars(data).items() if key.endswith("_alpha")),
         ("data.eval_size", data.eval_size, data.eval_size is None or data.eval_size > 0, "at least 1"),
-        ("data.shuffle_pages", data.shuffle_pages, (data.shuffle_pages or 1) > 0, "at least 1"),
+        ("data.shuffle_pages", data.shuffle_pages, data.shuffle_pages is None or data.shuffle_pages > 0, "at least 1"),
         ("data.scratch", data.scratch, data.scratch is None or data.storage == "stage_local", "null, as data.storage is not stage_local"),
         *_progressive_rules(data),
         ("training.epochs", training.epochs, training.epochs > 0, "at least 1"),
@@ -287,10 +286,10 @@ def _check(recipe: Recipe, where: str) -> None:
 def _progressive_rules(data: DataRecipe) -> list[tuple[str, Any, bool, str]]:
     if (progressive := data.progressive) is None:
         return []
-    start, until, step = progressive.start_size, progressive.until, progressive.step
+    start, step = progressive.start_size, progressive.step
     return [
         ("data.progressive.start_size", start, 0 < start <= data.image_size, "between 1 and data.image_size"),
-        ("data.progressive.until", until, 0 < until <= 1, "above 0 and at most 1"),
+        ("data.progressive.until", progressive.until, 0 < progressive.until <= 1, "above 0 and at most 1"),
         ("data.progressive.step", step, 0 < step <= max(data.image_size - start, 1), "between 1 and the difference of the sizes"),
     ]
 

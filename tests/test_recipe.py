@@ -38,6 +38,8 @@ def test_overrides_reach_every_level():
         ("training.precision=fp16", "valid: fp32, bf16"),
         ("training.zero_stage=3", "0, 1 or 2"),
         ("data.rand_augment_magnitude=31", "between 0 and 30"),
+        ("data.eval_size=0", "data.eval_size is 0; it must be at least 1"),
+        ("data.cutmix_alpha=-1", "data.cutmix_alpha is -1.0; it must be 0"),
         ("data.progressive={start_size: 48}", "data.progressive.start_size is 48; it must be between 1 and data.image_size"),
         ("data.progressive={until: 0.5}", "data.progressive.start_size is missing"),
         ("training.learning_rate=.nan", "positive and finite"),
