@@ -108,7 +108,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    print("| stored as JPEG up to | limit of decoding/s | coda prepare | FFCV's writer | coda prepare / limit |\n|---|---|---|---|---|")
+    print("| stored as JPEG up to | decode-bound limit, images/s | coda prepare | FFCV's writer | coda prepare / limit |")
+    print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         table = unpack(options.shared / "imagenet_sample.tar", folder / "images", options.repeats)

@@ -1,6 +1,7 @@
 """A writer that is stopped continues where it was; the files are then the same, byte for byte."""
 
 import os
+import resource
 import signal
 import time
 from multiprocessing import get_context
@@ -170,3 +171,48 @@ def test_chunks_and_processes_do_not_change_a_byte(make_recipe, monkeypatch, tmp
     assert found[0] == found[1] == found[2]
     modes = Reader(str(recipe.data.folder / "train.beton")).metadata["f0"]["mode"]
     assert 0.3 < modes.mean() < 0.7  # half of them raw
+
+
+@pytest.mark.timeout(60)
+def test_a_full_disk_is_one_line_and_writing_continues(make_recipe, monkeypatch, tmp_path):
+    """A limit of the file's size stands for the disk: the same error of the same call, in another number."""
+    monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT))
+    monkeypatch.setattr(writers, "SYNC_SECONDS", 0)
+    settings = {"source": "squares", "chunk_size": 5, "workers": 2, "image_size": 224}
+    reference, recipe = make_recipe(**settings, prepared=tmp_path / "reference"), make_recipe(**settings)
+    prepare(reference)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MIN_PAGE + 30 * 224 * 224 * 3, before[1]))
+    try:
+        with pytest.raises(UserError) as error:
+            prepare(recipe)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "cannot be written (File too large)" in one_line(error) and "the same command continues" in one_line(error)
+    assert 0 < finished(recipe) <= 6
+    prepare(recipe)
+    assert contents(recipe.data.folder) == contents(reference.data.folder)
+
+
+def peak(recipes, results) -> None:
+    """Puts the highest memory in KiB of this process and of its writers so far, after each of the ``recipes``."""
+    for recipe in recipes:
+        prepare(recipe)
+        results.put([resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)])
+
+
+@pytest.mark.timeout(120)
+def test_memory_does_not_grow_with_the_data(make_recipe, monkeypatch, tmp_path):
+    """Ten times the images, 180 MB more on the disk: not 20 MB more in memory."""
+    for name, count in (("few", 200), ("many", 2000)):
+        monkeypatch.setitem(SOURCES, name, faulty_source(count))
+    recipes = [make_recipe(source=name, image_size=130, chunk_size=20, prepared=tmp_path / name) for name in ("few", "many")]
+    fork = get_context("fork")
+    results = fork.Queue()
+    process = fork.Process(target=peak, args=(recipes, results))
+    process.start()
+    few, many = results.get(timeout=60), results.get(timeout=60)
+    process.join()
+    size = {recipe.data.source: sum(path.stat().st_size for path in recipe.data.folder.iterdir()) for recipe in recipes}
+    assert size["many"] - size["few"] > 150e6
+    assert max(after - before for before, after in zip(few, many, strict=True)) < 20_000
