@@ -105,15 +105,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shared", type=Path, default=Path("../shared/data"), help="folder of imagenet_sample.tar")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=8, help="how often each image is listed")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--resolutions", type=int, nargs="+", default=[500, 256])
     options = parser.parse_args()
     print("| stored as JPEG up to | decode-bound limit, images/s | coda prepare | FFCV's writer | coda prepare / limit |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         table = unpack(options.shared / "imagenet_sample.tar", folder / "images", options.repeats)
-        for resolution in (500, 256):
+        for resolution in options.resolutions:
             recipe = recipe_of(table, folder / "data", resolution, options.workers)
             split = open_source(recipe.data)["train"]
             seconds: dict[str, list[float]] = {"limit": [], "coda": [], "ffcv": []}

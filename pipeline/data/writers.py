@@ -33,7 +33,7 @@ from pipeline.data.sources.images import fit
 from pipeline.errors import UserError
 from pipeline.recipe import DataRecipe
 
-SYNC_SECONDS = 5  # at most so much work is lost when the machine fails
+SYNC_SECONDS = 1  # at most so much work is lost when the machine fails
 NOT_THE_IMAGE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors of the machine
 PR_SET_PDEATHSIG = 1
 FORK = multiprocessing.get_context("fork")  # writer processes share the source with this one
