@@ -68,6 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("verify", _verify, "Decode everything in a prepared folder and compare it with its manifest.")
     sub.add_argument("target", metavar="FOLDER|RECIPE", help="a prepared folder, or the recipe that it was prepared with")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
+    sub = command("plan", _plan, "Say what a recipe needs and costs on a kind of GPU, from published numbers, or on this processor.")
+    sub.add_argument("recipe", help="YAML file, see recipes/")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.micro_batch_size=64")
+    sub.add_argument("--gpu", default="h100", help="h100, a100, ..., or cpu for this machine (default h100)")
+    sub.add_argument("--nodes", type=int, default=1)
+    sub.add_argument("--gpus-per-node", type=int, default=8)
+    sub.add_argument("--images", type=int, help="training images, where the source does not say")
     sub = command("export", _export, "Write the newest checkpoint of a run as model.safetensors + config.json.")
     sub.add_argument("folder", type=Path, metavar="RUN")
     sub = command(
@@ -139,6 +146,23 @@ def _train(options: argparse.Namespace) -> None:
         train(recipe, world)
         if world.is_main:
             _show_run(recipe.folder)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from pipeline.devices import GPUS, cpu_profile
+    from pipeline.plan import Cluster, Plan, cpu_report
+    from pipeline.recipe import load
+
+    recipe = load(options.recipe, options.overrides)
+    for name in ("nodes", "gpus_per_node", "images"):
+        if (number := getattr(options, name)) is not None and number < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {number}; it must be at least 1")
+    if options.gpu == "cpu":
+        print(cpu_report(recipe, cpu_profile(), options.images))
+        return
+    if options.gpu not in GPUS:
+        raise UserError(f"--gpu {options.gpu!r} is not known; valid: {', '.join([*GPUS, 'cpu'])}")
+    print(Plan(recipe, options.images).report(Cluster(options.nodes, options.gpus_per_node, GPUS[options.gpu])))
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -37,9 +37,12 @@ def _conventional(
     )
     stages = {"stem": nn.Sequential(stem)}
     feature_info: list[dict[str, Any]] = [dict(num_chs=stem_channels, reduction=stride, module="stem")]
+    kept = len(layers)
+    if sum(layers) == 1:  # timm divides by the number of blocks less one: it builds one more stage
+        layers, channels = (*layers, 1), (*channels, channels[-1])
     blocks, info = make_blocks((block,) * len(layers), tuple(channels), tuple(layers), stem_channels, norm_layer=nn.BatchNorm2d)
     scale = 4 if small_images else 1  # make_blocks counts from a stem and pooling that reduce by 4
-    for (_, stage), item in zip(blocks, info, strict=True):
+    for (_, stage), item in zip(blocks[:kept], info[:kept], strict=True):
         name = f"stage{len(stages)}"
         stages[name] = nn.Sequential(OrderedDict([*_pool(name, small_images), *stage.named_children()]))
         feature_info.append(dict(num_chs=item["num_chs"], reduction=item["reduction"] // scale, module=name))
@@ -173,13 +176,24 @@ _ON_CIFAR = default_cfg(32, 4, 10, "stem.conv1")
 _PLAIN = default_cfg(32, 4, 10, "stem.conv1", classifier="head.classifier")
 default_cfgs = generate_default_cfgs(
     {
+        "resnet8.untrained": _PLAIN,
         "resnet20.untrained": _PLAIN,
         "resnet56.untrained": _PLAIN,
+        "coda_resnet8.untrained": _ON_CIFAR,
         "coda_resnet20.untrained": _ON_CIFAR,
         "coda_resnet56.untrained": _ON_CIFAR,
         **{f"coda_resnet{depth}.untrained": _ON_IMAGENET for depth in (18, 34, 50, 101, 152)},
     }
 )
+
+
+WIDE = (32, 96, 192)  # channels of the ResNet-8, which spends its operations on width: large products suit a processor
+
+
+@register_model
+def resnet8(pretrained: bool = False, **kwargs: Any) -> CIFARResNet:
+    """The plain ResNet-8 for 32x32 images, with more channels than He et al. give small ones, for short trainings."""
+    return build(CIFARResNet, "resnet8", pretrained, 4, **{"layers": (1, 1, 1), "channels": WIDE, **kwargs})
 
 
 @register_model
@@ -192,6 +206,13 @@ def resnet20(pretrained: bool = False, **kwargs: Any) -> CIFARResNet:
 def resnet56(pretrained: bool = False, **kwargs: Any) -> CIFARResNet:
     """The plain ResNet-56 for 32x32 images."""
     return build(CIFARResNet, "resnet56", pretrained, 4, **{"layers": (9, 9, 9), **kwargs})
+
+
+@register_model
+def coda_resnet8(pretrained: bool = False, **kwargs: Any) -> CoDAResNet:
+    """The wide ResNet-8 for 32x32 images whose last stage is two DAU layers of 64 units and rank 8, behind a 1x1 DAU."""
+    trunk = dict(channels=WIDE, stem_channels=WIDE[0], coda_layers=2, coda_width=64)
+    return _small_hybrid("coda_resnet8", pretrained, (1, 1, 1), {**trunk, **kwargs})
 
 
 def _small_hybrid(name: str, pretrained: bool, layers: tuple[int, ...], options: dict[str, Any]) -> CoDAResNet:

@@ -7,8 +7,9 @@ from pipeline.models.dau import DAUConv2d
 
 CODA = timm.list_models("coda_*")
 HYBRIDS = [name for name in CODA if "resnet" in name]
-PLAIN = ["resnet20", "resnet56"]
-SIZES = {"coda_s": 16, "coda_m": 16, "coda_xl": 16, "coda_l": 48, **dict.fromkeys((*PLAIN, "coda_resnet20", "coda_resnet56"), 32)}
+PLAIN = ["resnet8", "resnet20", "resnet56"]
+ON_CIFAR = ["coda_resnet8", "coda_resnet20", "coda_resnet56"]
+SIZES = {"coda_s": 16, "coda_m": 16, "coda_xl": 16, "coda_l": 48, **dict.fromkeys((*PLAIN, *ON_CIFAR), 32)}
 SMALL_RANKS = {"coda_m": 4, "coda_l": 4, "coda_xl": 4}
 
 
@@ -33,7 +34,7 @@ def images(name, batch=2, channels=3, dtype=torch.float32):
 
 def stages_of(name):
     """How many stages can be conventional."""
-    return 3 if name in ("coda_resnet20", "coda_resnet56") else 4
+    return 3 if name in ON_CIFAR else 4
 
 
 def junctions(names):

@@ -1,0 +1,224 @@
+"""What a device can do: published peaks of GPUs, and a measured profile of this machine's processor.
+
+Published numbers are of the vendors' data sheets: dense matrix products (without sparsity), one direction of the links.
+Nothing here was measured on a GPU.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+
+from pipeline.files import write_atomically
+from pipeline.models.work import Kind, Operation, trace
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Published peaks per device. Rates in operations (2 per multiply-add) or bytes per second."""
+
+    name: str
+    bf16: float | None  # matrix units, bf16 operands and fp32 sums; None: has none
+    tf32: float  # matrix units, fp32 operands rounded to TF32; where there are none, plain fp32
+    fp32: float
+    bandwidth: float  # of its memory
+    memory: float  # bytes
+    link: float  # to its neighbours in the node
+    network: float  # of its share of the node's network; an assumption, as sites differ
+    source: str
+
+    def rate(self, kind: Kind, bf16: bool) -> float:
+        """Peak of the units that do an operation of ``kind``."""
+        if kind in ("convolution", "product", "dau"):
+            return self.bf16 if bf16 and self.bf16 else self.tf32
+        return self.fp32
+
+
+H100 = "NVIDIA H100 Tensor Core GPU data sheet"
+A100 = "NVIDIA A100 Tensor Core GPU data sheet"
+GPUS = {
+    "h200": GPU("H200 SXM", 989e12, 494.5e12, 67e12, 4.8e12, 141e9, 450e9, 50e9, "NVIDIA H200 Tensor Core GPU data sheet"),
+    "h100": GPU("H100 SXM", 989e12, 494.5e12, 67e12, 3.35e12, 80e9, 450e9, 50e9, H100),
+    "h100-pcie": GPU("H100 PCIe", 756e12, 378e12, 51e12, 2.0e12, 80e9, 64e9, 25e9, H100),
+    "a100": GPU("A100 SXM 80 GB", 312e12, 156e12, 19.5e12, 2.039e12, 80e9, 300e9, 25e9, A100),
+    "a100-40": GPU("A100 SXM 40 GB", 312e12, 156e12, 19.5e12, 1.555e12, 40e9, 300e9, 25e9, A100),
+    "l40s": GPU("L40S", 362e12, 183e12, 91.6e12, 864e9, 48e9, 32e9, 12.5e9, "NVIDIA L40S data sheet"),
+    "v100": GPU("V100 SXM2 32 GB", None, 15.7e12, 15.7e12, 900e9, 32e9, 150e9, 12.5e9, "NVIDIA V100 Tensor Core GPU data sheet"),
+    "rtx4090": GPU("GeForce RTX 4090", 165.2e12, 82.6e12, 82.6e12, 1008e9, 24e9, 32e9, 3.125e9, "NVIDIA Ada GPU architecture white paper"),
+}
+# Shares of the peaks. With these ResNet-50 on 8 A100 takes 13.6 minutes to train by ffcv-imagenet's 16-epoch schedule (160 to 192 pixels),
+# for which its authors report 14.9 with evaluations; that one number chose those of convolutions and memory, the others are assumptions.
+ATTAINABLE = {"convolution": 0.3, "product": 0.4, "dau": 0.25}
+ATTAINABLE_BANDWIDTH = 0.5
+LAUNCH = 5e-6  # seconds of an operation that does next to nothing
+
+
+def gpu_seconds(operation: Operation, gpu: GPU, bf16: bool) -> tuple[float, str]:
+    """Roofline (Williams et al., CACM 2009): the longer of computing and moving, and which of the two it is."""
+    compute = 2 * operation.multiply_adds / (gpu.rate(operation.kind, bf16) * ATTAINABLE.get(operation.kind, 1.0))
+    memory = operation.bytes / (gpu.bandwidth * ATTAINABLE_BANDWIDTH)
+    return max(compute, memory, LAUNCH), "compute" if compute >= max(memory, LAUNCH) else "memory"
+
+
+@dataclass(frozen=True)
+class CPUProfile:
+    """Measured rates of this machine: curves of (size, rate) points, read off between them on logarithmic scales."""
+
+    about: str
+    curves: Mapping[str, Sequence[tuple[float, float]]]
+
+    def at(self, curve: str, size: float) -> float:
+        """Rate of ``curve`` at ``size``, constant beyond its ends."""
+        sizes, rates = np.log(np.array(self.curves[curve])).T
+        return float(np.exp(np.interp(np.log(max(size, 1)), sizes, rates)))
+
+    @property
+    def start(self) -> float:
+        """Seconds of an operation that does next to nothing."""
+        return 1 / self.curves["starts"][0][1]
+
+    def seconds(self, operation: Operation) -> float:
+        """Time of ``operation`` within a step."""
+        return self._alone(operation) / self.curves["in sequence"][0][1]
+
+    def _alone(self, operation: Operation) -> float:
+        start = self.start
+        way = "backward" if operation.backward else "forward"
+        if operation.kind == "convolution":
+            channels, units, area = operation.shape
+            curve = f"convolution {'narrow' if channels < NARROW else '3x3' if area > 1 else '1x1'} {way}"
+            return start + operation.multiply_adds / self.at(curve, (channels * units) ** 0.5)
+        if operation.kind == "product":
+            return start + operation.multiply_adds / self.at("product", min(operation.shape))
+        if operation.kind in ("normalisation", "pooling"):
+            return start + operation.bytes / self.at(f"{operation.kind} {way}", operation.written)
+        kind = "copy" if operation.kind == "copy" else "elementwise new" if operation.fresh else "elementwise in place"
+        return start + operation.bytes / self.at(kind, operation.written)
+
+
+NARROW = 8  # input channels of a stem
+CONVOLUTION_WIDTHS = (16, 32, 64, 128, 256, 512)
+PRODUCT_SIZES = (8, 16, 32, 64, 128, 512)
+MAP_BYTES = (2**16, 2**20, 2**22, 2**23, 2**24, 30 * 2**20, 36 * 2**20, 2**27)  # glibc gives blocks of more than 32 MiB back at once
+
+
+def cpu_profile(folder: Path | None = None) -> CPUProfile:
+    """The profile of this machine with the present number of threads: measured in some seconds, and kept in ``folder``."""
+    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coda"
+    about = f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    path = folder / f"cpu-{hashlib.sha256(about.encode()).hexdigest()[:12]}.json"
+    if path.exists():
+        return CPUProfile(about, json.loads(path.read_text()))
+    profile = CPUProfile(about, measure_cpu())
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(profile.curves, indent=1).encode())
+    return profile
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def measure_cpu(rounds: int = 3) -> dict[str, list[tuple[float, float]]]:
+    """Rates of convolutions and products in multiply-adds, of everything else in bytes, per second; the best of some ``rounds``.
+
+    Another process that runs for a while disturbs one round, and not all.
+    """
+    measured = [_curves() for _ in range(rounds)]
+    best = {name: [max(points) for points in zip(*(curves[name] for curves in measured), strict=True)] for name in measured[0]}
+    return {**best, "in sequence": [(1.0, _in_sequence(CPUProfile("", {**best, "in sequence": [(1.0, 1.0)]})))]}
+
+
+def _in_sequence(profile: CPUProfile) -> float:
+    """Speed of operations that follow each other, of that of the same ones by themselves, whose operands stay in the caches.
+
+    Measured once, on a step of timm's ResNet-10 with 16 images of 64x64, for all models.
+    """
+    model, images = timm.create_model("resnet10t", num_classes=10), torch.rand(16, 3, 64, 64)
+    alone = sum(profile.seconds(operation) for operation in trace(_on_meta(), (3, 64, 64), 16, fused=False).operations)
+    return alone / _seconds(lambda: model.train()(images).sum().backward(), least=1.0)
+
+
+def _on_meta() -> torch.nn.Module:
+    with torch.device("meta"):
+        return timm.create_model("resnet10t", num_classes=10)
+
+
+def _curves() -> dict[str, list[tuple[float, float]]]:
+    curves: dict[str, list[tuple[float, float]]] = {}
+    tiny = torch.ones(4)
+    curves["starts"] = [(1.0, 1 / _seconds(lambda: tiny.add(tiny)))]
+    for name, kernel, widths in (("3x3", 3, CONVOLUTION_WIDTHS), ("1x1", 1, CONVOLUTION_WIDTHS), ("narrow", 3, (16, 64))):
+        for width in widths:
+            forward, backward = _convolution(NARROW - 2 if name == "narrow" else width, width, kernel)
+            size = ((NARROW - 2) * width) ** 0.5 if name == "narrow" else width
+            curves.setdefault(f"convolution {name} forward", []).append((size, forward))
+            curves.setdefault(f"convolution {name} backward", []).append((size, backward))
+    for size in PRODUCT_SIZES:
+        left, right = torch.rand(2048, size), torch.rand(size, 512)
+        out = torch.empty(2048, 512)
+        curves.setdefault("product", []).append((size, 2048 * size * 512 / _seconds(lambda: torch.mm(left, right, out=out))))  # noqa: B023
+    for count in MAP_BYTES:
+        for name, rate in _passes(count).items():
+            curves.setdefault(name, []).append((count, rate))
+    return curves
+
+
+def _convolution(channels: int, units: int, kernel: int) -> tuple[float, float]:
+    """Multiply-adds per second, forward and backward, on maps of about a million values, sized as in ResNets."""
+    side = min(32 if units < 64 else 56, 3584 // units)
+    x = torch.rand(2**20 // units // side**2, channels, side, side, requires_grad=True)
+    weight = torch.rand(units, channels, kernel, kernel, requires_grad=True)
+    y = F.conv2d(x, weight, padding=kernel // 2)
+    gradient = torch.rand_like(y)
+    work = y.numel() * weight[0].numel()
+    forward = _seconds(lambda: F.conv2d(x, weight, padding=kernel // 2))
+    backward = _seconds(lambda: torch.autograd.grad(y, (x, weight), gradient, retain_graph=True))
+    return work / forward, 2 * work / backward
+
+
+def _passes(count: int) -> dict[str, float]:
+    """Bytes per second of passes over maps of ``count`` bytes, 16 channels."""
+    x = torch.rand(count // 2**16, 16, 32, 32)
+    y, size = torch.rand_like(x), x.numel() * 4
+    scale, shift = torch.ones(16, requires_grad=True), torch.zeros(16, requires_grad=True)
+    leaf = x.clone().requires_grad_()
+    normalised = F.batch_norm(leaf, None, None, scale, shift, training=True)
+    pooled = F.max_pool2d(leaf, 3, 2, 1)
+    gradient, of_pooled = torch.rand_like(x), torch.rand_like(pooled)
+    return {
+        "elementwise new": 3 * size / _seconds(lambda: x + y),
+        "elementwise in place": 3 * size / _seconds(lambda: x.mul_(y)),
+        "copy": 2 * size / _seconds(lambda: x.permute(0, 2, 3, 1).contiguous()),
+        "normalisation forward": 2 * size / _seconds(lambda: F.batch_norm(x, None, None, scale, shift, training=True)),
+        "normalisation backward": 3 * size / _seconds(lambda: torch.autograd.grad(normalised, leaf, gradient, retain_graph=True)),
+        "pooling forward": 1.75 * size / _seconds(lambda: F.max_pool2d(x, 3, 2, 1)),
+        "pooling backward": 2.75 * size / _seconds(lambda: torch.autograd.grad(pooled, leaf, of_pooled, retain_graph=True)),
+    }
+
+
+def _seconds(run: Callable[[], Any], least: float = 0.1) -> float:
+    """Wall time of one ``run``: the best of five or more, for as many as take ``least`` seconds, after one to warm up."""
+    run()
+    times: list[float] = []
+    while len(times) < 5 or sum(times) < least:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
