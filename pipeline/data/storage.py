@@ -8,9 +8,10 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+import xxhash
 from tqdm import tqdm
 
-from pipeline.data.manifest import Manifest, measure, publish
+from pipeline.data.manifest import Manifest, SplitFile, measure, publish
 from pipeline.errors import UserError
 from pipeline.recipe import DataRecipe
 
@@ -37,7 +38,7 @@ def readable_file(data: DataRecipe, manifest: Manifest, split: str) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of the node wait here for the first
             if not _is_whole(copy, (wanted.bytes, wanted.samples, wanted.tables_sha256)):
                 copy.unlink(missing_ok=True)
-                _copy(original, copy, wanted.bytes)
+                _copy(original, copy, wanted)
     except OSError as error:
         raise UserError(f"{copy}: the data cannot be staged ({error.strerror or error}); choose another data.scratch") from error
     return copy
@@ -56,20 +57,23 @@ def _is_whole(path: Path, wanted: tuple[int, int, str]) -> bool:
     return False
 
 
-def _copy(source: Path, target: Path, size: int) -> None:
+def _copy(source: Path, target: Path, wanted: SplitFile) -> None:
     free = shutil.disk_usage(target.parent).free
-    if free < size + SPARE:
+    if free < wanted.bytes + SPARE:
         raise UserError(
-            f"{target.parent}: has {free / 1e9:.1f} GB free and {source.name} needs {size / 1e9:.1f}; "
+            f"{target.parent}: has {free / 1e9:.1f} GB free and {source.name} needs {wanted.bytes / 1e9:.1f}; "
             "choose another data.scratch, or data.storage=page_cache"
         )
-    temporary = target.with_name(f"{target.name}.tmp")
+    temporary, digest = target.with_name(f"{target.name}.tmp"), xxhash.xxh128()
     try:
         with source.open("rb") as reading, temporary.open("wb") as writing:
-            with tqdm(total=size, desc=f"staging {source.name}", unit="B", unit_scale=True, file=sys.stderr) as bar:
+            with tqdm(total=wanted.bytes, desc=f"staging {source.name}", unit="B", unit_scale=True, file=sys.stderr) as bar:
                 while block := reading.read(CHUNK):
+                    digest.update(block)
                     writing.write(block)
                     bar.update(len(block))
+        if wanted.xxh128 not in ("", digest.hexdigest()):
+            raise UserError(f"{source}: is not what its manifest says, byte by byte; `coda verify` shows the damage")
         publish(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pipeline.data import augment, memory, storage
+from pipeline.data.decode import StoredImages
 from pipeline.data.load import Batch
 from pipeline.data.loaders import eval_loader, train_loader
 from pipeline.data.manifest import open_manifest
@@ -52,8 +53,19 @@ def test_a_whole_copy_is_used_again_and_a_broken_one_replaced(staged):
     assert sorted(os.listdir(copy.parent)) == [".lock", "train.beton"]
 
 
+def test_damage_that_the_tables_do_not_show_is_not_copied(digits, make_recipe, tmp_path):
+    shutil.copytree(digits, tmp_path / "prepared")
+    recipe = make_recipe(prepared=tmp_path / "prepared", storage="stage_local", scratch=str(tmp_path / "disk"))
+    with (recipe.data.folder / "train.beton").open("r+b") as file:
+        file.seek(int(StoredImages(recipe.data.folder / "train.beton")._starts[5]))
+        file.write(b"\x01\x02\x03")
+    with pytest.raises(UserError, match="byte by byte"):
+        stage(recipe)
+    assert not list((tmp_path / "disk").rglob("train.beton*"))
+
+
 def test_processes_of_a_node_copy_once(staged, monkeypatch, tmp_path):
-    def counted(source, target, size):
+    def counted(source, target, wanted):
         with (tmp_path / "copies").open("a") as file:
             file.write("x")
         shutil.copyfile(source, target)
