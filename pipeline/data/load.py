@@ -81,7 +81,8 @@ class EpochLoader:
         self._size = size or (lambda epoch: manifest.image_size)
         self._stored = StoredImages(path)
         # One thread for the loader's life: with each new one, numba's and libjpeg's memory for it would be left behind.
-        self._thread = ThreadPoolExecutor(1, f"decode {split}", numba.set_num_threads, (threads(workers),))
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._thread = ThreadPoolExecutor(1, f"decode {split}", _begin_thread, (threads(workers), device))
         self._open = False
 
     @contextmanager
@@ -146,8 +147,14 @@ class EpochLoader:
             raise RuntimeError(f"{self.path}: reading stopped: {error!r}") from error
 
 
+def _begin_thread(workers: int, device: int | None) -> None:
+    numba.set_num_threads(workers)
+    if device is not None:
+        torch.cuda.set_device(device)  # else pinned memory would be asked of the first GPU, whoever's it is
+
+
 def threads(workers: int) -> int:
-    """``workers``, but no more than the processors this process may use: FFCV refuses to start with more."""
+    """``workers``, but no more than the processors this process may use: more would only take turns."""
     available = min(len(os.sched_getaffinity(0)), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     if workers > available:
         warnings.warn(f"data.workers is {workers}, but this process may use only {available} processors", stacklevel=2)
