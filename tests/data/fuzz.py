@@ -201,20 +201,24 @@ def campaign(files: int, seed: int) -> dict[str, collections.Counter]:
         readers = kinds(folder)
         for number, (kind, (originals, read)) in enumerate(readers.items()):
             count = files // len(readers) + (number < files % len(readers))
-            generator = np.random.default_rng([seed, number])
-            mutants = [mutate(originals[index % len(originals)], generator) for index in range(count)]
-            outcomes[kind] = collections.Counter(_read_all(kind, mutants, originals, read))
+
+            def mutant(index: int, key=(seed, number), originals=originals) -> bytes:
+                return mutate(originals[index % len(originals)], np.random.default_rng([*key, index]))
+
+            outcomes[kind] = collections.Counter(_read_all(kind, count, mutant, originals, read))
     return outcomes
 
 
-def _read_all(kind: str, mutants: list[bytes], originals: list[bytes], read: Callable[[bytes, bool], str]) -> list[str]:
+def _read_all(
+    kind: str, count: int, mutant: Callable[[int], bytes], originals: list[bytes], read: Callable[[bytes, bool], str]
+) -> list[str]:
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=_reader, args=(theirs, mutants, originals, read))
+    process = multiprocessing.get_context("fork").Process(target=_reader, args=(theirs, count, mutant, originals, read))
     process.start()
     theirs.close()
     results: list[str] = []
     try:
-        while len(results) < len(mutants):
+        while len(results) < count:
             begin = time.monotonic()
             problem = f"hung for {SECONDS} seconds"
             if ours.poll(SECONDS):
@@ -228,7 +232,7 @@ def _read_all(kind: str, mutants: list[bytes], originals: list[bytes], read: Cal
                     continue
                 problem = outcome
             kept = Path(tempfile.gettempdir()) / f"coda-mutant-{kind.replace(' ', '-').strip('.')}-{len(results)}"
-            kept.write_bytes(mutants[len(results)])
+            kept.write_bytes(mutant(len(results)))
             raise AssertionError(f"{kind} {len(results)} (kept as {kept}, {time.monotonic() - begin:.0f} s): {problem}")
     finally:
         process.kill()
@@ -236,14 +240,15 @@ def _read_all(kind: str, mutants: list[bytes], originals: list[bytes], read: Cal
     return results
 
 
-def _reader(connection, mutants: list[bytes], originals: list[bytes], read: Callable[[bytes, bool], str]) -> None:
+def _reader(connection, count: int, mutant: Callable[[int], bytes], originals: list[bytes], read: Callable[[bytes, bool], str]) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # progress bars, and what decoders print
     for original in originals:
         if read(original, False) not in ("read", "continues after 4 of 4 chunks"):
             connection.send((False, "its pristine file was refused"))
-    for index, mutant in enumerate(mutants):
+    for index in range(count):
+        content = mutant(index)
         try:
-            answer = True, read(mutant, mutant != originals[index % len(originals)])
+            answer = True, read(content, content != originals[index % len(originals)])
         except Exception as error:
             answer = False, f"{type(error).__name__}: {error}"
         connection.send(answer)
