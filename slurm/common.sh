@@ -99,6 +99,17 @@ verdict() { # CODE STATE FOLDER RESTARTS
     fi
 }
 
+first_mistake() {
+    grep -h -m 1 '^coda: ' "$logs/$attempt"/rank-*.log | head -n 1
+}
+
+# End a job that is not started again.
+finish_job() { # CODE
+    echo "$(date '+%F %T') ended with code $1"
+    [ "$1" = 0 ] || first_mistake
+    exit "$1"
+}
+
 # End the job with CODE, or have Slurm start it again. After scancel Slurm has killed this shell: nothing is requeued then.
 end_job() { # CODE
     local code=$1 number=$SLURM_JOB_ID job what
@@ -113,7 +124,7 @@ end_job() { # CODE
     echo "$(date '+%F %T') attempt $attempt ended with code $code: $what"
     case $what in
     "done") exit 0 ;;
-    mistake) grep -h -m 1 '^coda: ' "$logs/$attempt"/rank-*.log | head -n 1 ;;
+    mistake) first_mistake ;;
     stuck) echo "3 attempts have saved nothing new: see $logs and first_error.txt in the run's folder; then submit again" ;;
     enough) echo "started again ${CODA_MAX_RESTARTS:-100} times (CODA_MAX_RESTARTS): submit again to go on" ;;
     requeue)

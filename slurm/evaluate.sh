@@ -13,4 +13,4 @@ source "${SLURM_SUBMIT_DIR:?this script is for sbatch}/slurm/common.sh"
 
 begin_job
 launch evaluate "${1:?RUN}" "${@:2}"
-exit $?
+finish_job $?

@@ -12,4 +12,4 @@ source "${SLURM_SUBMIT_DIR:?this script is for sbatch}/slurm/common.sh"
 
 begin_job
 launch prepare "${1:?RECIPE}" "${@:2}"
-exit $?
+finish_job $?

@@ -146,6 +146,15 @@ def test_a_mistake_is_said_once_and_not_repeated(slurm, python):
 
 
 @pytest.mark.slurm
+@pytest.mark.parametrize("script", ["prepare_data.sh", "evaluate.sh"])
+def test_other_jobs_say_how_they_ended(slurm, python, script):
+    stand_in(slurm, "wrong", event="", seconds=0, code=2)
+    job = slurm.submit("--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", f"slurm/{script}", "recipes/tiny.yaml")
+    job.wait_for_end(60)
+    assert job.state == "FAILED" and job.log.endswith("ended with code 2\ncoda: what is wrong\n")
+
+
+@pytest.mark.slurm
 def test_a_sweep_is_one_array_whose_elements_are_requeued_alone(slurm, python):
     stand_in(slurm, "swept", fails_first="model.args.rank=3", event="finished 0\n", seconds=0, code=0)
     said = slurm.run("slurm/sweep.sh", "recipes/tiny.yaml", "model.args.rank=2,3", "--", *SMALL)
