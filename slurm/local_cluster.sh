@@ -192,6 +192,7 @@ stop() {
 
 kill_node() { # NODE: as when its power fails
     ip netns pids "coda-$1" | xargs --no-run-if-empty kill -KILL
+    while running "$folder/slurmd-$1.pid"; do sleep 0.1; done # a start-node right after it would find it there
 }
 
 case ${1:-} in
