@@ -77,7 +77,7 @@ fruitless() { # FOLDER
 }
 
 reported() { # FOLDER EVENT
-    find "$1" -name 'events-*' -exec cat {} + | grep -q "^$2"
+    find "$1" -name 'events-*' -exec cat {} + | grep "^$2" >/dev/null # -q would end before cat, and pipefail take that for a failure
 }
 
 # What to do after an attempt: done, mistake, cancelled, requeue, stuck or enough. srun's code alone does not say, so the processes

@@ -95,9 +95,8 @@ import os, signal, sys, time
 print("started as", *sys.argv[3:], flush=True)
 if {fails_first!r} in sys.argv and "SLURM_RESTART_COUNT" not in os.environ:
     os.kill(os.getpid(), signal.SIGKILL)
-if os.environ["SLURM_PROCID"] == "0":
-    with open(os.environ["CODA_REPORTS"] + "/events-0", "a") as file:
-        file.write({event!r})
+with open(os.environ["CODA_REPORTS"] + "/events-" + os.environ["SLURM_PROCID"], "a") as file:
+    file.write({event!r})
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))
 print("coda: what is wrong", flush=True)
 time.sleep({seconds})
