@@ -54,8 +54,10 @@ def serve(server: Server) -> None:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-    except OSError as error:
-        raise UserError(f"{host} port {port}: {error.strerror}; choose another with --host and --port") from error
+    except (OSError, OverflowError) as error:  # taken, unknown, forbidden; no port at all
+        raise UserError(
+            f"{host} port {port}: {getattr(error, 'strerror', None) or error}; choose another with --host and --port"
+        ) from error
     name = host if _is_local(host) else socket.getfqdn()
     print(f"MLflow: http://{name}:{port} (for recipes: tracking.uri=http://{name}:{port})", flush=True)
     os.execve(words[0], words, os.environ | environment)
@@ -86,6 +88,7 @@ def command(server: Server) -> tuple[list[str], dict[str, str]]:
     environment = {
         "MLFLOW_BACKEND_STORE_URI": store,  # not an argument: it may hold a password, and everybody sees arguments
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE": "false",  # whatever the environment says
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # for language models; it would cost several processes
     }
     if private:

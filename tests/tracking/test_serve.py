@@ -36,7 +36,7 @@ def test_one_machine_needs_no_options(tmp_path):
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_the_security_middleware_stays_on(tmp_path, credentials, host):
     words, environment = command(Server(tmp_path, host, credentials=credentials))
-    assert not any("disable" in word for word in words) and not any("DISABLE_SECURITY" in name for name in environment)
+    assert not any("disable" in word for word in words) and environment["MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE"] == "false"
     assert "*" not in "".join(words)
 
 
@@ -80,6 +80,8 @@ def test_what_cannot_be_used_is_one_clear_line(tmp_path, capsys, monkeypatch):
         port = taken.getsockname()[1]
         assert main(["serve", "--runs", str(tmp_path), "--port", str(port)]) == 2
         assert "Address already in use; choose another with --host and --port" in capsys.readouterr().err
+        assert main(["serve", "--runs", str(tmp_path), "--port", "70000"]) == 2
+        assert "port 70000: " in capsys.readouterr().err
     database = f"postgresql://coda:secret@127.0.0.1:{port}/mlflow"
     assert main(["serve", "--runs", str(tmp_path), "--backend-store-uri", database]) == 2
     said = capsys.readouterr().err

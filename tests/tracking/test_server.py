@@ -8,6 +8,7 @@ from base64 import b64encode
 
 import pytest
 from conftest import NAME, PASSWORD
+from faulty_proxy import FAULTS, FaultyProxy
 from tracked import assert_store_equals_journal, free_port, journal, make_recipe
 
 from pipeline.cli import main
@@ -29,6 +30,27 @@ def catch_up(tracker) -> None:
     while not tracker.flush(10):
         assert time.monotonic() < deadline
         time.sleep(0.5)
+
+
+def test_broken_silent_and_late_server_costs_nothing_loses_nothing_and_doubles_nothing(team, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")  # less than a late answer takes: what is done looks as if it had failed
+    proxy, folder = FaultyProxy(team.port, "late"), tmp_path / "run"
+    try:
+        tracker = open_tracker(make_recipe(folder, proxy.uri, experiment="faults", parent="faulty"), folder, World())
+        for number, fault in enumerate((*FAULTS, "late", None, *FAULTS)):
+            proxy.fault = fault
+            assert note(tracker, 300 * number, 300 * (number + 1)) < 1
+            if fault:
+                assert not tracker.flush(3)
+            else:
+                catch_up(tracker)
+        proxy.fault = None
+        catch_up(tracker)
+        tracker.close()
+        assert set(FAULTS) <= {fault for fault, _ in proxy.seen}
+        assert_store_equals_journal(team.uri, folder)
+    finally:
+        proxy.close()
 
 
 def test_server_killed_in_the_middle_and_started_again(team, tmp_path):
