@@ -154,7 +154,7 @@ class Run:
         with tqdm(total=self.total_updates, initial=self.updates, unit="update", desc=self.recipe.name, disable=hidden) as bar:
             while True:
                 epoch, done = divmod(self.updates, self.updates_per_epoch)
-                if epoch and not done:
+                if not done:
                     self._evaluate(epoch)
                 if self.updates == self.total_updates:
                     return
@@ -231,11 +231,14 @@ class Run:
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
     def _evaluate(self, epoch: int) -> None:
+        """Metrics and a sheet of contributions. Before the first epoch the sheet alone: MLflow shows the pictures of step 0 first."""
         evaluation = self.recipe.evaluation
         if epoch % evaluation.every_epochs or epoch == self.recipe.training.epochs:  # the last one is done on the export
             return
-        with self.stop.at_once():
-            values = evaluate(self.result, self.recipe, self.validation, self.world, evaluation.metrics).values
+        values: dict[str, float] = {}
+        if epoch:
+            with self.stop.at_once():
+                values = evaluate(self.result, self.recipe, self.validation, self.world, evaluation.metrics).values
         self.tracker.metrics(values, step=epoch)
         if self.world.is_main:
             sheet = self.recipe.folder / PICTURES / f"epoch-{epoch:04}" / SHEET

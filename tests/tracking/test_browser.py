@@ -1,4 +1,4 @@
-"""The pages of MLflow in a real browser: both runs are found, selected and compared; charts are there. Screenshots stay."""
+"""The pages of MLflow in a real browser: both runs are found, selected and compared; charts and pictures are there. Screenshots stay."""
 
 import os
 import shutil
@@ -48,7 +48,7 @@ def wait(found, what: str):
     raise AssertionError(f"{what} did not appear within {SECONDS} s")
 
 
-def test_both_runs_are_found_selected_and_compared_with_charts(browser, team, two_runs, tmp_path):
+def test_both_runs_are_found_selected_and_compared_with_charts_and_pictures(browser, team, two_runs, tmp_path):
     runs = find_runs([str(folder) for folder in two_runs], two_runs[0].parent)
     ((address, command),) = mlflow_views(runs)
     ids = {(folder / "run_id").read_text() for folder in two_runs}
@@ -86,4 +86,15 @@ def test_both_runs_are_found_selected_and_compared_with_charts(browser, team, tw
     wait(lambda: all(f"{name} ({chart})" in text() for chart in charts for name in ("hybrid", "plain")), "charts with a line for each run")
     wait(lambda: len(all_of(".js-plotly-plot .trace.scatter")) >= 8, "lines in the charts")
     shoot("charts")
-    assert all(os.path.getsize(path) > 20_000 for path in screenshots.iterdir())
+
+    def pictures():
+        for section in browser.find_elements("xpath", "//*[starts-with(text(), 'Model metrics')]"):
+            browser.execute_script("arguments[0].scrollIntoView()", section)
+        return [
+            image for image in all_of("img") if "contributions" in image.get_attribute("src") and image.get_property("naturalWidth") > 50
+        ]
+
+    shown = wait(lambda: found if len(found := pictures()) >= len(ids) else None, "a contribution map of each run")
+    time.sleep(1)
+    shoot("pictures")
+    assert len(shown) >= 2 and all(os.path.getsize(path) > 20_000 for path in screenshots.iterdir())

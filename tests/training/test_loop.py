@@ -144,7 +144,7 @@ def test_every_evaluation_leaves_a_sheet_of_the_same_images(prepared, tmp_path):
     hours = [value for name, _, value in history(recipe) if name == "speed/device_hours"]
     assert hours == sorted(hours) and 0 < hours[0] < hours[-1] < 1
     sheets = [(line["step"], recipe.folder / line["value"]) for line in lines if line["kind"] == "image"]
-    assert [step for step, _ in sheets] == [1, 2, 3] and all(sheet.is_file() for _, sheet in sheets)
+    assert [step for step, _ in sheets] == [0, 1, 2, 3] and all(sheet.is_file() for _, sheet in sheets)
 
 
 def test_mlflow_has_a_registered_model_that_predicts_and_explains(prepared, tmp_path):
