@@ -28,7 +28,7 @@ def built(request):
 
 
 def test_the_promised_names_are_registered():
-    assert CODA == PURE[:2] + [f"coda_resnet{depth}" for depth in (18, 20, 34, 50, 56, 101, 152)] + PURE[2:]
+    assert CODA == PURE[:2] + [f"coda_resnet{depth}" for depth in (8, 18, 20, 34, 50, 56, 101, 152)] + PURE[2:]
 
 
 def test_registering_beside_all_of_timm_gives_no_warning():
