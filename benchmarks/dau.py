@@ -68,10 +68,14 @@ def training_step(module: nn.Module, x: Tensor) -> None:
 
 
 def medians(tasks: dict[str, Callable[[], None]], repeats: int, title: str) -> dict[str, float]:
-    """Seconds of each task: medians of ``repeats`` rounds in which every task runs once."""
+    """Seconds of each task: medians of ``repeats`` rounds. A task runs twice in its turn, and the second run is timed.
+
+    So that it follows its own kind, as a training step does, and does not pay for the caches and the heap that the other has left.
+    """
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in tqdm(range(repeats + 1), desc=title, file=sys.stderr):  # the first round warms up
         for name, task in tasks.items():
+            task()
             start = time.perf_counter()
             task()
             times[name].append(time.perf_counter() - start)
