@@ -44,12 +44,18 @@ def finished(recipe, name="train") -> int:
     return max(len(path.read_bytes().splitlines()) - 1, 0) if path.is_file() else 0
 
 
+def prepare_in_foreground(recipe):
+    """As from a terminal; what a shell starts in the background ignores SIGINT, and so do its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    prepare(recipe)
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_writer_continues(reference, recipe, monkeypatch, number, capfd):
     monkeypatch.setattr(writers, "SYNC_SECONDS", 0)
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT, seconds=0.05))
-    writer = get_context("fork").Process(target=prepare, args=(recipe,))
+    writer = get_context("fork").Process(target=prepare_in_foreground, args=(recipe,))
     writer.start()
     while finished(recipe) < 4:
         time.sleep(0.01)
