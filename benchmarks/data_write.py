@@ -1,6 +1,7 @@
 """Writing speed against its limit: ``python -m benchmarks.data_write [--shared FOLDER]``.
 
-The limit is what as many processes reach that decode and resize the same images and write nothing. The images are the originals of
+The limit is what as many processes reach that decode and resize the same images and write nothing; another one is of processes that
+encode them as JPEG, too, with FFCV's encoder as all of them. The images are the originals of
 ``imagenet_sample.tar``, each listed several times, so that the fixed costs of a file count as in a large data set. FFCV's own writer,
 given the same decoded images, stands beside it. Medians of interleaved rounds; writing includes indexing, tables, hashes and fsync.
 """
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 
 from ffcv.fields import IntField, RGBImageField
+from ffcv.fields.rgb_image import encode_jpeg
 from ffcv.writer import DatasetWriter
 
 from pipeline.data.sources import Split, open_source
@@ -48,11 +50,11 @@ def unpack(tar: Path, folder: Path, repeats: int) -> Path:
     return folder / "table.csv"
 
 
-def limit(split: Split, data: DataRecipe) -> float:
-    """Seconds in which ``data.workers`` processes decode and resize all images."""
+def limit(split: Split, data: DataRecipe, encode: bool) -> float:
+    """Seconds in which ``data.workers`` processes decode and resize all images, and encode them if ``encode``."""
     counter = FORK.Value(ctypes.c_int64, 0)
     begin = time.perf_counter()
-    processes = [FORK.Process(target=_decode, args=(split, data, counter)) for _ in range(data.workers)]
+    processes = [FORK.Process(target=_decode, args=(split, data, counter, encode)) for _ in range(data.workers)]
     for process in processes:
         process.start()
     for process in processes:
@@ -61,7 +63,7 @@ def limit(split: Split, data: DataRecipe) -> float:
     return time.perf_counter() - begin
 
 
-def _decode(split: Split, data: DataRecipe, counter) -> None:
+def _decode(split: Split, data: DataRecipe, counter, encode: bool) -> None:
     while True:
         with counter.get_lock():
             begin = counter.value
@@ -69,7 +71,9 @@ def _decode(split: Split, data: DataRecipe, counter) -> None:
         if begin >= len(split):
             return
         for index in range(begin, min(begin + data.chunk_size, len(split))):
-            fit(split.read(index), data, split.fixed_size)
+            pixels = fit(split.read(index), data, split.fixed_size)
+            if encode:
+                encode_jpeg(pixels, data.jpeg_quality)
 
 
 def ours(recipe: Recipe) -> float:
@@ -109,22 +113,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--resolutions", type=int, nargs="+", default=[500, 256])
     options = parser.parse_args()
-    print("| stored as JPEG up to | decode-bound limit, images/s | coda prepare | FFCV's writer | coda prepare / limit |")
-    print("|---|---|---|---|---|")
+    print("| stored as JPEG up to | decoding alone, images/s | and encoding | coda prepare | FFCV's writer | prepare / decoding | / both |")
+    print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         table = unpack(options.shared / "imagenet_sample.tar", folder / "images", options.repeats)
         for resolution in options.resolutions:
             recipe = recipe_of(table, folder / "data", resolution, options.workers)
             split = open_source(recipe.data)["train"]
-            seconds: dict[str, list[float]] = {"limit": [], "coda": [], "ffcv": []}
+            seconds: dict[str, list[float]] = {"decode": [], "encode": [], "coda": [], "ffcv": []}
             for _ in range(options.rounds):
-                seconds["limit"].append(limit(split, recipe.data))
+                seconds["decode"].append(limit(split, recipe.data, encode=False))
+                seconds["encode"].append(limit(split, recipe.data, encode=True))
                 seconds["coda"].append(ours(recipe))
                 seconds["ffcv"].append(ffcv(split, recipe.data, folder / "ffcv.beton"))
-            speed = {name: len(split) / statistics.median(times) for name, times in seconds.items()}
-            ratio = statistics.median(bound / whole for bound, whole in zip(seconds["limit"], seconds["coda"], strict=True))
-            print(f"| {resolution} px | {speed['limit']:.0f} | {speed['coda']:.0f} | {speed['ffcv']:.0f} | {ratio:.2f} |", flush=True)
+            speeds = " | ".join(f"{len(split) / statistics.median(times):.0f}" for times in seconds.values())
+            ratios = " | ".join(
+                f"{statistics.median(bound / whole for bound, whole in zip(seconds[name], seconds['coda'], strict=True)):.2f}"
+                for name in ("decode", "encode")
+            )
+            print(f"| {resolution} px | {speeds} | {ratios} |", flush=True)
 
 
 if __name__ == "__main__":
