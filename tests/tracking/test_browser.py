@@ -90,11 +90,23 @@ def test_both_runs_are_found_selected_and_compared_with_charts_and_pictures(brow
     def pictures():
         for section in browser.find_elements("xpath", "//*[starts-with(text(), 'Model metrics')]"):
             browser.execute_script("arguments[0].scrollIntoView()", section)
+        return maps("img")
+
+    def maps(selector):
         return [
-            image for image in all_of("img") if "contributions" in image.get_attribute("src") and image.get_property("naturalWidth") > 50
+            image for image in all_of(selector) if "contributions" in image.get_attribute("src") and image.get_property("naturalWidth") > 50
         ]
 
-    shown = wait(lambda: found if len(found := pictures()) >= len(ids) else None, "a contribution map of each run")
-    time.sleep(1)
-    shoot("pictures")
-    assert len(shown) >= 2 and all(os.path.getsize(path) > 20_000 for path in screenshots.iterdir())
+    wait(lambda: len(pictures()) >= len(ids), "a contribution map of each run")
+    tile = (
+        "//*[@data-testid='experiment-view-compare-runs-card'][.//*[text()='contributions']]"  # in it a run's parameters hide the pictures
+    )
+    browser.execute_script(
+        "arguments[0].click()", browser.find_element("xpath", f"{tile}//button[contains(@data-component-id, 'fullscreen')]")
+    )
+    shown = wait(lambda: found if len(found := maps("[role=dialog] img")) >= len(ids) else None, "the same on the whole screen")
+    for index, image in enumerate(shown):
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", image)
+        time.sleep(1)
+        shoot(f"picture {index}")
+    assert all(os.path.getsize(path) > 20_000 for path in screenshots.iterdir())
