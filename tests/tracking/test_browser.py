@@ -98,15 +98,16 @@ def test_both_runs_are_found_selected_and_compared_with_charts_and_pictures(brow
         ]
 
     wait(lambda: len(pictures()) >= len(ids), "a contribution map of each run")
-    tile = (
-        "//*[@data-testid='experiment-view-compare-runs-card'][.//*[text()='contributions']]"  # in it a run's parameters hide the pictures
-    )
-    browser.execute_script(
-        "arguments[0].click()", browser.find_element("xpath", f"{tile}//button[contains(@data-component-id, 'fullscreen')]")
-    )
+    # In the tile a run's parameters stand before its picture.
+    tile = "//*[@data-testid='experiment-view-compare-runs-card'][.//*[text()='contributions']]"
+    enlarge = browser.find_element("xpath", f"{tile}//button[contains(@data-component-id, 'fullscreen')]")
+    browser.execute_script("arguments[0].click()", enlarge)
     shown = wait(lambda: found if len(found := maps("[role=dialog] img")) >= len(ids) else None, "the same on the whole screen")
     for index, image in enumerate(shown):
         browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", image)
         time.sleep(1)
         shoot(f"picture {index}")
+        middle = "const box = arguments[0].getBoundingClientRect(); return [(box.left + box.right) / 2, (box.top + box.bottom) / 2]"
+        x, y = browser.execute_script(middle, image)
+        assert browser.execute_script("return document.elementFromPoint(arguments[0], arguments[1])", x, y) == image  # nothing hides it
     assert all(os.path.getsize(path) > 20_000 for path in screenshots.iterdir())
