@@ -140,7 +140,8 @@ def process_group(timeout_seconds: float | None = None) -> Iterator[World]:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(_threads(os.environ, size))
-    address, port = ("127.0.0.1", _free_port()) if size == 1 else rendezvous(os.environ)
+    alone = size == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # a torchrun is met at its store, even by one process
+    address, port = ("127.0.0.1", _free_port()) if alone else rendezvous(os.environ)
     variables = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": size, "MASTER_ADDR": address, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in variables.items()})  # what torch and deepspeed read
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds))

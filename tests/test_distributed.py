@@ -1,5 +1,8 @@
 """Ranks from environments, and collectives of real processes."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -62,6 +65,20 @@ def test_where_the_processes_meet(environment, expected):
 def test_nowhere_to_meet_is_said_by_name(environment, name):
     with pytest.raises(UserError, match=f"environment variable {name} is not set"):
         rendezvous(environment)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_of_torchrun_meet(tmp_path, processes):
+    script = tmp_path / "meet.py"
+    script.write_text(
+        "import sys\n"
+        "from pipeline.distributed import process_group\n"
+        "with process_group() as world:\n"
+        "    sys.stdout.write(f'{world.rank} {world.size}\\n')  # at once, so that two lines do not mix\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=120)
+    assert sorted(done.stdout.splitlines()) == [f"{rank} {processes}" for rank in range(processes)], done.stderr
 
 
 @pytest.mark.parametrize(
