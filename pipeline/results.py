@@ -124,12 +124,13 @@ def _write_tables(name: str, result: Evaluation, folder: Path) -> None:
 def draw_contributions(model: nn.Module, world: World, loader: EpochLoader, path: Path) -> None:
     """A sheet of the same few validation images at any time: contributions to their strongest class, at the input and the junction."""
     images, targets, titles = _pictured(model, world, loader)
-    layers = explainable_layers(model, images[:1])
-    junction = exact_layers(model, layers)[-1]
-    encoded = layer_contributions(model, images, targets[:, None], [None])[None][:, 0]  # (B, 3 or 6, H, W)
+    junction = exact_layers(model, explainable_layers(model, images[:1]))[-1].name
+    found = layer_contributions(model, images, targets[:, None], [None, junction])
+    encoded = found[None][:, 0]  # (B, 3 or 6, H, W)
     columns = {"colours of the input": encoded} if encoded.shape[1] == 6 else {}
-    at_junction = attribution_maps("contributions", model, images, targets[:, None], [junction.name])[junction.name][:, 0]
-    columns |= {"at the input": encoded.sum(1), f"at {junction.name or 'input'}": at_junction}
+    columns["at the input"] = encoded.sum(1)
+    if junction is not None:
+        columns[f"at {junction}"] = found[junction][:, 0].sum(1)
     maps = [column.cpu() for column in columns.values()]
     contribution_sheet(images.cpu(), maps, list(columns), path, row_titles=titles)
 
