@@ -231,11 +231,12 @@ def _play(subject: Subject, method: str, layers: Sequence[Layer], n: int) -> tup
 
 
 def _score_rows(method: str, layers: Sequence[Layer], scores: Sequence[Tensor], grids: int) -> list[Row]:
-    """One row per layer; none without scores."""
-    return [
-        {"method": method, "layer": _title(layer), "distance": layer.distance, "grids": grids, **summary(pooled)}
+    """One row per layer, where the junction can be the input; none without scores."""
+    rows: dict[str, Row] = {
+        _title(layer): {"method": method, "layer": _title(layer), "distance": layer.distance, "grids": grids, **summary(pooled)}
         for layer, pooled in zip(layers, scores, strict=bool(scores))
-    ]
+    }
+    return list(rows.values())
 
 
 def _named(base: str, method: str, scores: Sequence[Tensor]) -> dict[str, float]:

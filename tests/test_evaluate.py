@@ -91,6 +91,7 @@ def test_any_number_of_processes_gives_the_same_result(prepared):
         result = evaluate(untrained(recipe), recipe, eval_loader(recipe, World(), 50), World(), EVERYTHING)
         alone[changes["model__name"]] = result
         assert result.values["val/top1"] < 1 and set(result.values) >= {"interp/completeness_error", "interp/grids"}
+    assert [row["layer"] for row in alone["coda_s"].tables["localisation"]] == ["input"]  # once: it is also the junction
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
