@@ -1,17 +1,18 @@
 """Evaluated runs beside each other: as text, as one page and picture for a paper or a chat, and where MLflow shows the same runs."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 from urllib.parse import quote
 
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
-from pipeline.interpret.figures import ComparedRun, comparison_figure
+from pipeline.interpret.figures import ComparedRuns, comparison_figure
 from pipeline.interpret.page import figure_html, page_html
 from pipeline.recipe import STORED, Recipe, flatten, load_stored
 from pipeline.results import EVALUATION, PICTURES, SHEET
@@ -71,9 +72,8 @@ def find_runs(words: Sequence[str], runs: Path) -> list[Compared]:
 
 def table(runs: Sequence[Compared]) -> str:
     """The results as aligned text."""
-    titles = ["run", *COLUMNS.values()]
-    rows = [titles, *([name, *(_cell(key, run.evaluation["values"]) for key in COLUMNS)] for name, run in _named(runs).items())]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(titles))]
+    rows = _rows(runs)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     n = runs[0].evaluation["grid_size"]
     return "\n".join([*lines, "", f"Localisation: mean share in the right cell of {n}x{n} grids, chance {1 / n**2:.3f}."])
@@ -112,13 +112,20 @@ def mlflow_views(runs: Sequence[Compared]) -> list[tuple[str, str | None]]:
 def report(runs: Sequence[Compared], folder: Path) -> Path:
     """Write the comparison into ``folder``: a page that holds all it shows, and its picture as PNG and PDF; returns the page."""
     picture, differing, n = folder / Path(REPORT).with_suffix(".png"), differences(runs), runs[0].evaluation["grid_size"]
-    compared = [ComparedRun(name, run.evaluation["values"], run.curve) for name, run in _named(runs).items()]
-    comparison_figure(compared, 1 / n**2, differing, picture)
+    recipes = _by_recipe(runs)
+    compared = [
+        ComparedRuns(name, [run.evaluation["values"] for run in group], [run.curve for run in group if run.curve])
+        for name, group in recipes.items()
+    ]
+    places = [[runs.index(run) for run in group] for group in recipes.values()]
+    by_recipe = {key: [", ".join(dict.fromkeys(values[i] for i in group)) for group in places] for key, values in differing.items()}
+    comparison_figure(compared, 1 / n**2, by_recipe, picture)
+    titles, *rows = _rows(runs)
     parts = [
-        _html_table(["run", *COLUMNS.values()], [[run.name, *(_cell(key, run.values) for key in COLUMNS)] for run in compared]),
+        _html_table(titles, rows),
         figure_html(f"Accuracy and localisation ({n}x{n} grids); localisation of every layer", picture),
         "<h2>What differs in the recipes</h2>" if differing else "<p>The recipes differ in their names only.</p>",
-        _html_table(["", *(run.name for run in compared)], [[key, *values] for key, values in differing.items()]) if differing else "",
+        _html_table(["", *_named(runs)], [[key, *values] for key, values in differing.items()]) if differing else "",
     ]
     for address, command in mlflow_views(runs):
         start = f" after <code>{escape(command)}</code>" if command else ""
@@ -136,6 +143,24 @@ def _named(runs: Sequence[Compared]) -> dict[str, Compared]:
     return {name if names.count(name) == 1 else str(run.folder): run for name, run in zip(names, runs, strict=True)}
 
 
+def _by_recipe(runs: Sequence[Compared]) -> dict[str, list[Compared]]:
+    """Runs whose recipes differ in nothing but the seed and the names, under the name of the first."""
+    groups: dict[str, dict[str, Compared]] = {}
+    for name, run in _named(runs).items():
+        settings = {key: value for key, value in flatten(run.recipe.to_dict()).items() if key not in (*_PLACES, "seed")}
+        groups.setdefault(json.dumps(settings, sort_keys=True), {})[name] = run
+    return {
+        next(iter(group)) + (f" and {len(group) - 1} more" if len(group) > 1 else ""): list(group.values()) for group in groups.values()
+    }
+
+
+def _rows(runs: Sequence[Compared]) -> list[list[str]]:
+    """Titles; the values of every run; their mean and standard deviation where only seeds differ."""
+    rows = [["run", *COLUMNS.values()]]
+    rows += [[name, *(_cell(key, [run]) for key in COLUMNS)] for name, run in _named(runs).items()]
+    return rows + [[name, *(_cell(key, group) for key in COLUMNS)] for name, group in _by_recipe(runs).items() if len(group) > 1]
+
+
 def _html_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(title)}</th>" for title in titles)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
@@ -149,10 +174,13 @@ def _read(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: has no readable {EVALUATION}; `coda evaluate {folder}` makes it") from error
 
 
-def _cell(name: str, values: Mapping[str, float]) -> str:
-    if name not in values:
+def _cell(name: str, runs: Sequence[Compared]) -> str:
+    """A metric of a run, or its mean and standard deviation over several."""
+    values = [run.evaluation["values"].get(name) for run in runs]
+    if None in values:
         return "-"
-    return f"{values[name]:.1e}" if name == "interp/completeness_error" else f"{values[name]:.4f}"
+    figures = ".1e" if name == "interp/completeness_error" else ".4f"
+    return format(fmean(values), figures) + (f" ± {stdev(values):{figures}}" if len(values) > 1 else "")
 
 
 def _json(value: object) -> str:

@@ -12,13 +12,14 @@ from recipes_for_tests import small_recipe
 from pipeline.cli import main
 from pipeline.comparison import differences, find_runs, mlflow_views, report, table
 from pipeline.errors import UserError
+from pipeline.interpret.figures import ComparedRuns
 
 
-def evaluated(runs, name, uri, top1, *, rank=2, experiment="digits", parent=None):
+def evaluated(runs, name, uri, top1, *, rank=2, seed=0, experiment="digits", parent=None):
     """Folder of a run that was evaluated, as far as a comparison reads it."""
     args = {"rank": rank, "temperature": 10.0}
     recipe = small_recipe(
-        runs, name=name, runs=str(runs), model__args=args, tracking={"uri": uri, "experiment": experiment, "parent": parent}
+        runs, name=name, seed=seed, runs=str(runs), model__args=args, tracking={"uri": uri, "experiment": experiment, "parent": parent}
     )
     folder = recipe.folder
     folder.mkdir(parents=True)
@@ -46,6 +47,20 @@ def test_the_same_comparison_as_text_page_and_picture(tmp_path):
     with Image.open(tmp_path / "out" / "comparison.png") as picture:
         assert picture.width > 1000 and len(picture.convert("RGB").getcolors(2**20)) > 50
     assert (tmp_path / "out" / "comparison.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_seeds_of_one_recipe_are_averaged(tmp_path):
+    for name, top1, rank, seed in (("a", 0.7, 2, 0), ("b", 0.8, 2, 1), ("c", 0.9, 2, 2), ("other", 0.5, 4, 0)):
+        evaluated(tmp_path, name, "http://mlflow.lab:5000", top1, rank=rank, seed=seed)
+    runs = find_runs([str(tmp_path / name) for name in ("a", "other", "b", "c")], tmp_path)
+    *_, mean, _, _ = table(runs).splitlines()
+    assert re.fullmatch(r"a and 2 more +0\.8000 ± 0\.1000 +2\.0e-07 ± 0\.0e\+00 +0\.2400 ± 0\.0300 +0\.8000 ± 0\.0000 +- +-", mean)
+    assert "<td>0.8000 ± 0.1000</td>" in report(runs, tmp_path / "out").read_text()
+
+
+def test_scores_of_a_layer_come_together():
+    runs = ComparedRuns("two", [], [[(0.5, 0.2), (0.1, 0.8)], [(0.1, 0.6), (0.5, 0.4)]])
+    assert runs.points == [(0.1, [0.8, 0.6]), (0.5, [0.2, 0.4])] and ComparedRuns("none", [{}], []).points == []
 
 
 def test_mlflow_shows_exactly_these_runs(tmp_path):
