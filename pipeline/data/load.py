@@ -35,9 +35,8 @@ class Batch(NamedTuple):
 
 
 def unit_range(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Images (B, 3, S, S) uint8 as floats in [0, 1] on ``device``; channels last in memory where convolutions want it so."""
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    return images.to(device, non_blocking=True).to(torch.float32, memory_format=layout).div_(255)
+    """Images (B, 3, S, S) uint8 as floats in [0, 1] on ``device``, channels last in memory: there convolutions are fastest."""
+    return images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
 class EpochLoader:
