@@ -85,7 +85,7 @@ def test_two_processes_follow_the_loss_curve_of_one(prepared, tmp_path):
         curves.append(losses(recipe))
     first, *_, last = curves[0].values()
     assert len(curves[0]) == 11 and last < 0.95 * first
-    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)  # at this rate rounding grows: 2e-5 on some processors
 
 
 def test_accumulated_micro_batches_equal_one_batch(prepared, tmp_path):
