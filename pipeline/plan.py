@@ -29,8 +29,8 @@ ASPECT = 1.33  # longer by shorter side of a stored photograph
 DECODED_PIXELS = 140e6  # of JPEGs per second and thread; measured on one core of an AMD EPYC
 CONTEXT = 1.5e9  # bytes of a GPU that CUDA, cuDNN and NCCL keep for themselves
 USABLE = 0.92  # of the memory, for fragmentation
-STATE_NUMBERS = {"adam": 2, "adamw": 2, "sgd": 1}  # of the optimiser, per parameter
-UPDATE_PASSES = {"adam": 21, "adamw": 21, "sgd": 8}  # over the parameters, as torch's optimisers make them on a processor
+STATE_NUMBERS = {"adam": 2, "adamw": 2, "sgd": 1, "muon": 1}  # of the optimiser, per parameter
+UPDATE_PASSES = {"adam": 21, "adamw": 21, "sgd": 8, "muon": 12}  # over the parameters, as torch's optimisers make them on a processor
 MESSAGE_SECONDS = 20e-6  # of a reduction of nothing, per doubling of the number of nodes
 ASSUMPTIONS = f"""assumptions:
 - a step is a dry run of the model, operation by operation; each takes the longer of computing and moving its operands (roofline);
@@ -168,6 +168,9 @@ class Plan:
         shards = cluster.size if self.recipe.training.zero_stage else 1
         touched = 4 * self.parameters * (7 / shards + (3 if self.recipe.training.weight_average else 0))
         seconds["memory"] += touched / (cluster.gpu.bandwidth * ATTAINABLE_BANDWIDTH)
+        for operation in update_products(self._model, self.recipe.training.optimizer):
+            time, bound = gpu_seconds(operation, cluster.gpu, bf16=True)
+            seconds[bound] += time
         _, pixels = self.stored_image()
         decoding = pixels / (DECODED_PIXELS * self.recipe.data.workers) if self.recipe.data.write_mode == "jpg" else 0.0
         return Step(seconds["compute"], seconds["memory"], cluster.reduction_seconds(4 * self.parameters), per_device * decoding)
@@ -258,13 +261,24 @@ def cpu_step(
     """Seconds and peak bytes of a training step of ``model``, which is on the meta device, on this machine's processor."""
     work = trace(model, input_size, images, fused=False)
     parameters = list(model.parameters())
-    seconds = sum(profile.seconds(operation) for operation in work.operations)
+    seconds = sum(profile.seconds(operation) for operation in (*work.operations, *update_products(model, optimizer)))
     for parameter in parameters:
         size = 4 * parameter.numel()
         passes = UPDATE_PASSES[optimizer]
         seconds += passes * size / profile.at("elementwise in place", size) + passes / 2 * profile.start
     states = 4 * sum(parameter.numel() for parameter in parameters) * (2 + STATE_NUMBERS[optimizer])
     return seconds, states + work.peak_bytes
+
+
+def update_products(model: nn.Module, optimizer: str) -> Iterator[Operation]:
+    """Products of an update of Muon, in bf16: five steps of Newton and Schulz on every matrix (Jordan et al., 2024); of others none."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1] if optimizer == "muon" else []
+    for matrix in matrices:
+        short, long = sorted((matrix.shape[0], matrix.numel() // matrix.shape[0]))
+        for rows, inner, columns in ((short, long, short), (short, short, short), (short, short, long)) * 5:
+            written = 2 * rows * columns
+            moved = 2 * (rows * inner + inner * columns) + written
+            yield Operation("product", False, rows * inner * columns, moved, written, fresh=False, shape=(rows, inner, columns))
 
 
 def _line(two: float, four: float, images: int) -> Any:

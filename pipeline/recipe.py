@@ -85,10 +85,10 @@ class TrainingRecipe:
     epochs: int
     global_batch_size: int
     learning_rate: float
-    optimizer: Literal["adam", "adamw", "sgd"] = "adamw"  # sgd: with Nesterov's momentum
+    optimizer: Literal["adam", "adamw", "sgd", "muon"] = "adamw"  # sgd: with Nesterov's momentum; muon: of matrices, the rest as adamw
     micro_batch_size: int | None = None  # images per process and backward pass; None: global_batch_size / world size
     weight_decay: float = 0.0
-    momentum: float = 0.9  # sgd only
+    momentum: float = 0.9  # sgd and muon only
     warmup_epochs: float = 0.0  # linear, up to learning_rate
     warmup_learning_rate: float = 0.0  # where the warm-up starts
     schedule: Literal["cosine", "linear", "step"] = "cosine"  # after the warm-up: down to 0, or divided step by step
@@ -270,6 +270,12 @@ def _check(recipe: Recipe, where: str) -> None:
             training.zero_stage,
             training.zero_stage in (0, 1, 2),
             "0, 1 or 2 (stage 3 shards the parameters themselves, which models of this size do not need)",
+        ),
+        (
+            "training.zero_stage",
+            training.zero_stage,
+            training.zero_stage == 0 or training.optimizer != "muon",
+            "0 with training.optimizer muon, which needs whole matrices",
         ),
         ("training.checkpoint_every_updates", every_save, every_save is None or every_save > 0, "at least 1"),
         *((f"evaluation.{key}", value, value > 0, "at least 1") for key, value in vars(evaluation).items() if type(value) is int),

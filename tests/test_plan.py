@@ -13,7 +13,7 @@ from pipeline.cli import main
 from pipeline.devices import ATTAINABLE, ATTAINABLE_BANDWIDTH, GPUS, CPUProfile, gpu_seconds
 from pipeline.models.cost import cost
 from pipeline.models.work import Operation, trace
-from pipeline.plan import Cluster, Plan, cpu_step
+from pipeline.plan import Cluster, Plan, cpu_step, update_products
 from pipeline.recipe import load
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "cifar10_coda_resnet20.yaml"
@@ -67,6 +67,18 @@ def test_memory_grows_with_the_batch_and_zero_shards_it():
     whole = plan.state_bytes(8)
     assert sharded["optimiser"] == whole["optimiser"] / 8 and sharded["gradients"] == whole["gradients"] / 8
     assert sharded["weight average"] == whole["weights"]
+
+
+def test_an_update_of_muon_multiplies_matrices_as_counted_by_hand():
+    net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Linear(5, 2)).to("meta")  # matrices of 6 x 36 and 2 x 5; biases are none
+    counted = 5 * (2 * 6 * 6 * 36 + 6**3 + 2 * 2 * 2 * 5 + 2**3)
+    assert sum(operation.multiply_adds for operation in update_products(net, "muon")) == counted
+    assert list(update_products(net, "adamw")) == []
+    recipe = ["training.zero_stage=0", "training.optimizer=muon"]
+    muon, adamw = (Plan(load(RECIPE, overrides)) for overrides in (recipe, recipe[:1]))
+    cluster = Cluster(1, 8, H100)
+    assert muon.state_bytes(8)["optimiser"] == adamw.state_bytes(8)["optimiser"] / 2
+    assert muon.step(32, cluster, 64, 64).seconds > adamw.step(32, cluster, 64, 64).seconds
 
 
 def test_a_batch_that_does_not_fit_is_said_with_one_that_does():

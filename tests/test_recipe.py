@@ -34,7 +34,7 @@ def test_overrides_reach_every_level():
         ("training.epochs=three", "training.epochs is 'three'; it must be a whole number"),
         ("training.epochs=true", "training.epochs is True"),
         ("training.epochs=0", "at least 1"),
-        ("training.optimizer=lamb", "valid: adam, adamw, sgd"),
+        ("training.optimizer=lamb", "valid: adam, adamw, sgd, muon"),
         ("training.precision=fp16", "valid: fp32, bf16"),
         ("training.zero_stage=3", "0, 1 or 2"),
         ("data.rand_augment_magnitude=31", "between 0 and 30"),
@@ -57,6 +57,11 @@ def test_mistakes_are_one_clear_line(override, message):
     with pytest.raises(UserError) as error:
         load(DIGITS, [override])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_muon_needs_whole_matrices():
+    with pytest.raises(UserError, match="training.zero_stage is 1; it must be 0 with training.optimizer muon"):
+        load(DIGITS, ["training.optimizer=muon", "training.zero_stage=1"])
 
 
 @pytest.mark.parametrize(

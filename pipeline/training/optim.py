@@ -10,7 +10,12 @@ from pipeline.recipe import TrainingRecipe
 
 
 def build_optimizer(model: nn.Module, training: TrainingRecipe) -> torch.optim.Optimizer:
-    """The recipe's optimiser; weight decay spares biases and normalisation (one-dimensional parameters)."""
+    """The recipe's optimiser; weight decay spares biases and normalisation (one-dimensional parameters).
+
+    muon (Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024) orthogonalises the updates of matrices,
+    with everything behind a parameter's first dimension as columns, and scales them to the size of AdamW's (Liu et al.,
+    arXiv 2502.16982, eq. 4), so that one rate fits both.
+    """
     return create_optimizer_v2(
         model, opt=training.optimizer, lr=training.learning_rate, weight_decay=training.weight_decay, momentum=training.momentum
     )

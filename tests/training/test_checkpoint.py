@@ -47,10 +47,10 @@ def statistics(run):
     return {(key, name): buffer.clone() for key, module in modules.items() for name, buffer in module.named_buffers() if "running" in name}
 
 
-def _resumed_equals_uninterrupted(rank, size, port, folder, runs, stage):
+def _resumed_equals_uninterrupted(rank, size, port, folder, runs, optimizer, stage):
     stand_as(rank, size, port)
     changes = dict(runs=str(runs), training__zero_stage=stage, model__name="coda_resnet20", model__args={"rank": 2})
-    changes |= dict(training__weight_average=0.9, training__label_smoothing=0.1)
+    changes |= dict(training__optimizer=optimizer, training__weight_average=0.9, training__label_smoothing=0.1)
     with process_group(timeout_seconds=120) as world:
         whole = build(folder, world, **changes)
         updates(whole, 2)
@@ -80,9 +80,9 @@ def again(run):
     return other
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_resumed_equals_uninterrupted_bitwise_on_two_processes(prepared, tmp_path, stage):
-    run_on(2, _resumed_equals_uninterrupted, prepared, tmp_path, stage)
+@pytest.mark.parametrize(("optimizer", "stage"), [("adamw", 0), ("adamw", 1), ("adamw", 2), ("muon", 0)])
+def test_resumed_equals_uninterrupted_bitwise_on_two_processes(prepared, tmp_path, optimizer, stage):
+    run_on(2, _resumed_equals_uninterrupted, prepared, tmp_path, optimizer, stage)
 
 
 def _evaluated(rank, size, port, folder, runs):

@@ -56,7 +56,7 @@ def test_steps_of_the_published_configurations(training, epoch, rate):
     assert learning_rate(4 * epoch, 4, training) == pytest.approx(rate)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "muon"])
 @pytest.mark.parametrize("model", ["coda_resnet20", "coda_s", "coda_resnet18", "resnet20"])
 def test_weight_decay_spares_biases_and_normalisation(optimizer, model):
     model = timm.create_model(model)
