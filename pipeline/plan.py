@@ -30,7 +30,7 @@ DECODED_PIXELS = 140e6  # of JPEGs per second and thread; measured on one core o
 CONTEXT = 1.5e9  # bytes of a GPU that CUDA, cuDNN and NCCL keep for themselves
 USABLE = 0.92  # of the memory, for fragmentation
 STATE_NUMBERS = {"adam": 2, "adamw": 2, "sgd": 1, "muon": 1}  # of the optimiser, per parameter
-UPDATE_PASSES = {"adam": 21, "adamw": 21, "sgd": 8, "muon": 12}  # over the parameters, as torch's optimisers make them on a processor
+UPDATE_PASSES = {"adam": 21, "adamw": 21, "sgd": 8, "muon": 12}  # over the parameters on a processor; of muon counted, not timed
 MESSAGE_SECONDS = 20e-6  # of a reduction of nothing, per doubling of the number of nodes
 ASSUMPTIONS = f"""assumptions:
 - a step is a dry run of the model, operation by operation; each takes the longer of computing and moving its operands (roofline);

@@ -60,7 +60,7 @@ def test_mistakes_are_one_clear_line(override, message):
 
 
 def test_muon_needs_whole_matrices():
-    with pytest.raises(UserError, match="training.zero_stage is 1; it must be 0 with training.optimizer muon"):
+    with pytest.raises(UserError, match="training.optimizer is 'muon'; it must be another where training.zero_stage is not 0"):
         load(DIGITS, ["training.optimizer=muon", "training.zero_stage=1"])
 
 

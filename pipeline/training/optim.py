@@ -14,7 +14,8 @@ def build_optimizer(model: nn.Module, training: TrainingRecipe) -> torch.optim.O
 
     muon (Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024) orthogonalises the updates of matrices,
     with everything behind a parameter's first dimension as columns, and scales them to the size of AdamW's (Liu et al.,
-    arXiv 2502.16982, eq. 4), so that one rate fits both.
+    arXiv 2502.16982), so that one rate fits both. The rest is updated as by AdamW: biases, normalisation, and matrices with fewer
+    than 4 rows or columns or more than 128 times as many of one as of the other.
     """
     return create_optimizer_v2(
         model, opt=training.optimizer, lr=training.learning_rate, weight_decay=training.weight_decay, momentum=training.momentum

@@ -84,3 +84,19 @@ def test_smoothed_targets_spread_their_share_over_all_classes():
 def test_sgd_has_nesterovs_momentum():
     built = build_optimizer(timm.create_model("resnet20"), dataclasses.replace(TRAINING, optimizer="sgd", momentum=0.8))
     assert all(group["nesterov"] and group["momentum"] == 0.8 for group in built.param_groups)
+
+
+def test_muon_orthogonalises_what_a_matrix_learns_and_steps_as_far_as_adamw():
+    layer, momentum = torch.nn.Linear(24, 8), 0.8
+    training = dataclasses.replace(TRAINING, optimizer="muon", learning_rate=1e-3, weight_decay=0.0, momentum=momentum)
+    optimizer = build_optimizer(layer, training)
+    before = [parameter.detach().clone() for parameter in layer.parameters()]
+    gradient = torch.randn(8, 24, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.linspace(0.01, 10, 24))
+    layer.weight.grad, layer.bias.grad = gradient, torch.linspace(-1, 1, 8)
+    optimizer.step()
+    weight, bias = ((parameter - old).detach() for parameter, old in zip(layer.parameters(), before, strict=True))
+    spread = torch.linalg.svdvals(weight)
+    assert spread.max() / spread.min() < 2 < torch.linalg.svdvals(gradient).max() / torch.linalg.svdvals(gradient).min()
+    assert weight.square().mean().sqrt().item() == pytest.approx(0.2 * 1e-3, rel=0.2)  # AdamW's updates have 0.2 to 0.4 of the rate
+    torch.testing.assert_close(bias, -1e-3 * layer.bias.grad.sign(), rtol=1e-3, atol=0)
+    assert all(group["momentum"] == momentum for group in optimizer.param_groups)
