@@ -1,4 +1,4 @@
-"""Pure CoDA networks (Böhle, Fritz, Schiele, arXiv 2109.13004, section 4): S and L as in the official code, M and XL ours."""
+"""Pure CoDA networks (Böhle, Fritz, Schiele, arXiv 2109.13004, section 4): S and L as in the official code, XS, M and XL ours."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -74,12 +74,27 @@ def _scaled(sizes: Sequence[int], first: int | None) -> list[int]:
 
 default_cfgs = generate_default_cfgs(
     {
+        "coda_xs.untrained": default_cfg(32, 4, 10, "stage1.0.down"),
         "coda_s.untrained": default_cfg(32, 4, 10, "stage1.0.down"),
         "coda_m.untrained": default_cfg(32, 4, 10, "stage1.0.down"),
         "coda_l.untrained": dict(default_cfg(240, 12, 100, "stage1.0.down"), crop_pct=240 / 256),
         "coda_xl.untrained": default_cfg(64, 4, 200, "stage1.0.down"),
     }
 )
+
+
+@register_model
+def coda_xs(pretrained: bool = False, **kwargs: Any) -> CoDANet:
+    """XS-CoDA, ours, for short trainings on 32x32 images: six layers, few of them at a high resolution, wide units of low rank."""
+    sizes = dict(
+        kernels=[5, 3, 3, 3, 3],
+        strides=[2, 1, 2, 1, 1],
+        units=[32, 32, 64, 64, 64],
+        ranks=[8, 8, 8, 16, 16],
+        head_rank=16,
+        temperature=10_000.0,
+    )
+    return build_coda(CoDANet, "coda_xs", pretrained, 2, sizes, kwargs)
 
 
 @register_model

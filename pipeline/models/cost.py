@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pipeline.models.dau import DAUConv2d
 
-PURE_PEERS = {"coda_s": "resnet20", "coda_m": "resnet20", "coda_l": "resnet18", "coda_xl": "resnet18"}
+PURE_PEERS = {"coda_xs": "resnet20", "coda_s": "resnet20", "coda_m": "resnet20", "coda_l": "resnet18", "coda_xl": "resnet18"}
 
 
 @dataclass(frozen=True)

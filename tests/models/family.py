@@ -9,7 +9,7 @@ CODA = timm.list_models("coda_*")
 HYBRIDS = [name for name in CODA if "resnet" in name]
 PLAIN = ["resnet8", "resnet20", "resnet56"]
 ON_CIFAR = ["coda_resnet8", "coda_resnet20", "coda_resnet56"]
-SIZES = {"coda_s": 16, "coda_m": 16, "coda_xl": 16, "coda_l": 48, **dict.fromkeys((*PLAIN, *ON_CIFAR), 32)}
+SIZES = {"coda_xs": 16, "coda_s": 16, "coda_m": 16, "coda_xl": 16, "coda_l": 48, **dict.fromkeys((*PLAIN, *ON_CIFAR), 32)}
 SMALL_RANKS = {"coda_m": 4, "coda_l": 4, "coda_xl": 4}
 
 

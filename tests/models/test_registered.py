@@ -18,7 +18,7 @@ from pipeline.models.coda_base import encode
 from pipeline.models.dau import DAUConv2d
 
 NAMES = [*CODA, *PLAIN]
-PURE = ["coda_l", "coda_m", "coda_s", "coda_xl"]
+PURE = ["coda_l", "coda_m", "coda_s", "coda_xl", "coda_xs"]
 
 
 @pytest.fixture(scope="module", params=NAMES)
