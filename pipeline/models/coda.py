@@ -85,7 +85,7 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def coda_xs(pretrained: bool = False, **kwargs: Any) -> CoDANet:
-    """XS-CoDA, ours, for short trainings on 32x32 images: six layers, few of them at a high resolution, wide units of low rank."""
+    """XS-CoDA, ours, for short trainings on 32x32 images: six wide layers of low rank, two at half the resolution, four at a quarter."""
     sizes = dict(
         kernels=[5, 3, 3, 3, 3],
         strides=[2, 1, 2, 1, 1],
