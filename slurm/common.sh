@@ -4,19 +4,22 @@
 # Go to the project's root, read the site's file, and choose the folder of this attempt's logs.
 begin_job() {
     cd "${SLURM_SUBMIT_DIR:?this script is for sbatch}" || exit 2
-    python=${CODA_PYTHON:-.venv/bin/python}
+    python=${CODA_PYTHON:-}
     container=() # words before the command of a process, such as: apptainer exec --nv image.sif
     # shellcheck disable=SC2034
     overrides=() # key=value for the recipe of a training; the job script reads it
     site=slurm/clusters/${SLURM_CLUSTER_NAME:-none}.sh
     if [ -f "$site" ]; then
-        # shellcheck disable=SC1090
-        source "$site"
+        read_site
+    fi
+    if [ -z "$python" ]; then
+        python=.venv/bin/python
+        [ "${#container[@]}" = 0 ] || python=/opt/coda/bin/python # where the image has it that install/ makes
     fi
     logs=logs/$SLURM_JOB_ID
     attempt=${SLURM_RESTART_COUNT:-0}
     export CODA_REPORTS=$PWD/$logs/$attempt
-    mkdir -p "$CODA_REPORTS"
+    mkdir -p "$CODA_REPORTS" || exit 2
     export HF_HUB_OFFLINE=1 # compute nodes have no way out
     # The program takes the first node's name for the address at which the processes meet, unless only Slurm knows that name.
     local first
@@ -28,8 +31,70 @@ begin_job() {
     echo "$(date '+%F %T') $SLURM_JOB_NAME: attempt $attempt on $SLURM_JOB_NODELIST, $SLURM_NTASKS processes, logs in $logs/$attempt"
 }
 
-# Run `coda ARGUMENTS` as one process per task; each writes its own log. Returns srun's code.
+# Read the site's file as a login shell would: activations of environments use variables that are not set. A command of the file that
+# fails ends the job, unless the file itself tests for it; whatever the file calls or sources is judged by its result alone.
+read_site() {
+    local shell_options code
+    shell_options=$(set +o)
+    set +uo pipefail
+    trap 'site_failed $? "$LINENO" "${BASH_SOURCE[0]}"' ERR
+    trap 'site_failed $?' EXIT
+    # shellcheck disable=SC1090
+    source "$site"
+    code=$?
+    trap - ERR
+    [ "$code" = 0 ] || site_failed "$code"
+    [[ $(trap -p EXIT) != *site_failed* ]] || trap - EXIT # the file may have set one of its own
+    eval "$shell_options"
+}
+
+# End the job because of the site's file; a FILE that it sources may go on.
+site_failed() { # CODE [LINE FILE]
+    [ "${3:-$site}" = "$site" ] || return 0
+    trap - ERR EXIT
+    local what="ended with code $1"
+    [ $# = 1 ] || what="line $2 failed with code $1: $(sed -n "$2s/^ *//p" "$site")"
+    echo "coda: $site $what (where a failure does not matter: command || true)"
+    exit 2
+}
+
+# The modules that import all of what `coda COMMAND` imports.
+imports() { # COMMAND
+    case $1 in
+    train) echo pipeline.training.loop ;;
+    prepare) echo pipeline.data.write ;;
+    evaluate) echo pipeline.results ;;
+    esac
+}
+
+# Import on this node what `coda COMMAND` imports: an environment that cannot will not do so at another attempt either.
+import_once() { # COMMAND
+    local log=$logs/$attempt/import.log code what remedy
+    "${container[@]}" "$python" -c "from pipeline.caches import use_local_caches; use_local_caches(); import $(imports "$1")" >"$log" 2>&1
+    code=$?
+    case $code in
+    0) return 0 ;;
+    126 | 127 | 255) # the shell's codes, and apptainer's, for a program that cannot be started
+        what="cannot be started"
+        remedy=$(interpreter_remedy)
+        ;;
+    *)
+        what="cannot import what \`coda $1\` needs"
+        remedy="\`make setup\` on the login node makes an environment, and $site may load a module or name a container: docs/install.md"
+        ;;
+    esac
+    echo "coda: ${container[*]:+${container[*]} }$python $what: $(tail -n 1 "$log") (all of it: $log); $remedy" >>"$log"
+    return 2
+}
+
+interpreter_remedy() {
+    echo "name the interpreter by CODA_PYTHON=/path/to/python, or by python= in $site; \`make setup\` makes .venv/bin/python"
+}
+
+# Run `coda ARGUMENTS` as one process per task; each writes its own log. Returns srun's code, or 2 if the environment cannot import.
 launch() {
+    # Once a job: a later attempt need not wait for it, and an import that fails in a process is a mistake, too.
+    [ "$attempt" != 0 ] || import_once "$1" || return
     # Python takes seconds to come to a training's signal handlers and would die of a signal before: both are held back until then.
     local hold='import os, signal, sys
 if sys.argv[1] == "train":
@@ -80,13 +145,21 @@ reported() { # FOLDER EVENT
     find "$1" -name 'events-*' -exec cat {} + | grep "^$2" >/dev/null # -q would end before cat, and pipefail take that for a failure
 }
 
+# The line in which Slurm or Python says that a node does not have the program or cannot run it, if there is one. srun's code does not
+# say so: it is an errno, or 143 where another process was ended for it.
+unstarted() { # FOLDER
+    local missing='(No such file or directory|Permission denied|Exec format error)'
+    cat "$1"/rank-*.log 2>/dev/null | grep -aE -m 1 "^slurmstepd.*error: execve\(\): .*$missing\$|: No module named pipeline\$"
+}
+
 # What to do after an attempt: done, mistake, cancelled, requeue, stuck or enough. srun's code alone does not say, so the processes
 # report in files: it is 143 where Slurm itself has signalled the step, and was seen to be 0 after the loss of a slurmstepd.
 # STATE is the job's, RESTARTS the number so far.
 verdict() { # CODE STATE FOLDER RESTARTS
     if reported "$3/$4" finished; then
         echo "done"
-    elif reported "$3/$4" mistake || { [ "$1" = 2 ] && ! reported "$3/$4" disk; }; then
+    elif reported "$3/$4" mistake || { [ "$1" = 2 ] && ! reported "$3/$4" disk; } ||
+        [ "$1" = 126 ] || [ "$1" = 127 ] || [ -n "$(unstarted "$3/$4")" ]; then
         echo mistake
     elif [ "$2" != RUNNING ]; then
         echo cancelled
@@ -100,7 +173,13 @@ verdict() { # CODE STATE FOLDER RESTARTS
 }
 
 first_mistake() {
-    grep -h -m 1 '^coda: ' "$logs/$attempt"/rank-*.log | head -n 1
+    local line
+    line=$(grep -hs -m 1 '^coda: ' "$logs/$attempt"/{import,rank-*}.log | head -n 1)
+    if [ -z "$line" ]; then
+        line=$(unstarted "$logs/$attempt")
+        line=${line:+coda: $line; $(interpreter_remedy)}
+    fi
+    [ -z "$line" ] || echo "$line"
 }
 
 # End a job that is not started again.

@@ -17,7 +17,7 @@ set -uo pipefail
 source "${SLURM_SUBMIT_DIR:?this script is for sbatch}/slurm/common.sh"
 
 begin_job
-recipe=${1:-recipes/imagenet_coda_resnet50.yaml}
+recipe=${1:-imagenet_coda_resnet50}
 if [ -n "${CODA_SWEEP:-}" ]; then # one element of slurm/sweep.sh
     # shellcheck disable=SC2086
     read -ra chosen <<<"$(combination "$SLURM_ARRAY_TASK_ID" $CODA_SWEEP)"

@@ -8,11 +8,13 @@
 # requests are accepted as they are. Partitions: `gpu`, whose jobs are preempted and requeued, and `urgent`, which preempts them.
 #
 # `start --networks` gives each node a network and a host name of its own, so that it can be cut off; root only, one such cluster a
-# machine. To break things: cut NODE, heal NODE, kill-node NODE (with all its processes; --networks only), start-node NODE.
+# machine. Its nodes cannot write in the folder CODA_LOCAL_CLUSTER_READ_ONLY, such as a home, if that is set.
+# To break things: cut NODE, heal NODE, kill-node NODE (with all its processes; --networks only), start-node NODE.
 set -euo pipefail
 
 folder=${CODA_LOCAL_CLUSTER:-/tmp/coda-cluster-$(id -u)}
 port=${CODA_LOCAL_CLUSTER_PORT:-16817}
+read_only=${CODA_LOCAL_CLUSTER_READ_ONLY:-}
 export SLURM_CONF=$folder/slurm.conf
 export PATH=$PATH:/usr/sbin:/sbin
 nodes=(n1 n2)
@@ -117,7 +119,9 @@ start_node() { # NODE
     if networks; then # not by `ip netns exec`, which hides the cgroups that slurmd looks for
         # shellcheck disable=SC2016
         nsenter --net="/run/netns/coda-$1" unshare --uts --mount bash -c \
-            'hostname "$1" && mount --bind "$2" /etc/hosts && exec slurmd -N "$1"' - "$1" "$folder/hosts"
+            'hostname "$1" && mount --bind "$2" /etc/hosts &&
+                { [ -z "$3" ] || mount --bind --options ro "$3" "$3"; } && exec slurmd -N "$1"' \
+            - "$1" "$folder/hosts" "$read_only"
     else
         slurmd -N "$1"
     fi

@@ -13,7 +13,7 @@ source "${SLURM_SUBMIT_DIR:?this script is for sbatch}/slurm/common.sh"
 
 begin_job
 folder=$PWD/$logs/smoke
-launch train recipes/digits_coda_resnet20.yaml name=smoke runs="$folder" data.image_size=8 data.prepared="$folder" \
+launch train digits_coda_resnet20 name=smoke runs="$folder" data.image_size=8 data.prepared="$folder" \
     model.name=coda_s model.args='{rank: 2}' training.epochs=1 training.global_batch_size=128 training.warmup_epochs=0 \
     'evaluation.final_metrics=[accuracy]'
 code=$?
@@ -21,5 +21,6 @@ if [ "$code" = 0 ]; then
     echo "smoke test passed on $SLURM_JOB_NODELIST in $SECONDS s"
 else
     echo "smoke test failed with code $code: see $logs/$attempt and $folder/smoke/first_error.txt"
+    first_mistake
 fi
 exit "$code"

@@ -2,13 +2,23 @@
 # What a site needs beyond the defaults. Copy to slurm/clusters/<ClusterName>.sh, the name that `scontrol show config` says: every
 # job script sources it on the batch node, in the project's root. All of it is optional. Accounts and partitions are better
 # given to sbatch, or by SBATCH_ACCOUNT and SBATCH_PARTITION in your shell.
+#
+# A command that fails ends the job at once, and the job names its line; one that is tested (if, &&, ||) may fail, and so may what
+# other files and functions do before they succeed. Variables may be unset, as in a login shell.
 
-# Modules:
+# Modules, or an environment that is activated:
 #   module load cuda/12.8
+#   source /opt/miniforge/bin/activate coda; python=$CONDA_PREFIX/bin/python
 
-# A container around each process (requeueing stays outside of it); the interpreter inside it:
+# A container around each process (requeueing stays outside of it), with the interpreter /opt/coda/bin/python, which the image of
+# install/ has; another one is python=...
 #   container=(apptainer exec --nv --bind "$PWD" /images/coda.sif)
-#   python=/opt/venv/bin/python
+
+# The interpreter, where it is not .venv/bin/python; CODA_PYTHON in your shell says the same for one job:
+#   python=/shared/envs/coda/bin/python
+
+# Where libraries keep what they compile: a folder on the node's own disk (by default coda-<uid> in TMPDIR, or in /tmp):
+#   export CODA_CACHE=/scratch/$USER/coda-cache
 
 # Network interfaces, only where the defaults fail (gloo takes one name, NCCL a prefix or a list):
 #   export GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib

@@ -16,3 +16,11 @@ def slurm():
     with LocalSlurm(folder) as cluster:
         yield cluster
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def python(slurm):
+    """Jobs of one test may have an interpreter of their own."""
+    before = slurm.environment["CODA_PYTHON"]
+    yield
+    slurm.environment["CODA_PYTHON"] = before

@@ -17,10 +17,11 @@ MISSING = [name for name in ("munged", "slurmctld", "slurmd", "srun") if not shu
 class LocalSlurm:
     """The cluster in ``folder``, which must have a short path; ``with LocalSlurm(folder) as slurm`` starts and stops it.
 
-    Jobs are submitted from ``folder``/submit, which stands for the project's root. With ``networks`` each node has its own.
+    Jobs are submitted from ``folder``/submit, which stands for the project's root. With ``networks`` each node has its own, and cannot
+    write in the folder ``read_only``.
     """
 
-    def __init__(self, folder: Path, *, networks: bool = False) -> None:
+    def __init__(self, folder: Path, *, networks: bool = False, read_only: Path | None = None) -> None:
         self.options = ["--networks"] if networks else []
         self.submit_folder = folder / "submit"
         self.submit_folder.mkdir(parents=True)
@@ -33,6 +34,7 @@ class LocalSlurm:
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "CODA_"))} | {
             "CODA_LOCAL_CLUSTER": str(self.folder),
             "CODA_LOCAL_CLUSTER_PORT": str(port),
+            "CODA_LOCAL_CLUSTER_READ_ONLY": str(read_only or ""),
             "CODA_PYTHON": sys.executable,
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
@@ -105,3 +107,44 @@ class Job:
 
     def wait_for_end(self, seconds: float = 300) -> None:
         self.wait(lambda: self.state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), "its end", seconds)
+
+
+PROGRAM = """#!/usr/bin/env python3
+# Stands where the interpreter stands: reports as a training does, so that the script is tested without one.
+import os, signal, sys, time
+if sys.argv[2].startswith("from pipeline"):  # the import before the processes
+    sys.exit()
+print("started as", *sys.argv[3:], flush=True)
+if {fails_first!r} in sys.argv and "SLURM_RESTART_COUNT" not in os.environ:
+    os.kill(os.getpid(), signal.SIGKILL)
+with open(os.environ["CODA_REPORTS"] + "/events-" + os.environ["SLURM_PROCID"], "a") as file:
+    file.write({event!r})
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))
+print("coda: what is wrong", flush=True)
+time.sleep({seconds})
+sys.exit({code})
+"""
+
+
+SMALL = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
+
+
+def stand_in(slurm: LocalSlurm, program: str, *, fails_first: str = "", **values: object) -> None:
+    """Let jobs run PROGRAM; where it is called with the word ``fails_first``, its first attempt dies."""
+    program_file = slurm.submit_folder / f"{program}.py"
+    program_file.write_text(PROGRAM.format(fails_first=fails_first, **values))
+    program_file.chmod(0o755)
+    slurm.environment["CODA_PYTHON"] = str(program_file)
+
+
+def job_of(slurm: LocalSlurm, program: str, **values: object) -> Job:
+    stand_in(slurm, program, **values)
+    return slurm.submit(*SMALL, "slurm/imagenet_coda.sh")
+
+
+def common(call: str, folder: Path, **environment: str) -> str:
+    """Standard output of a function of slurm/common.sh."""
+    script = f"source {ROOT}/slurm/common.sh; {call}"
+    done = subprocess.run(["bash", "-uc", script], cwd=folder, env={"PATH": "/usr/bin:/bin", **environment}, capture_output=True, text=True)
+    assert not done.stderr
+    return done.stdout.strip()
