@@ -1,0 +1,36 @@
+"""The checks that need packages: their names, in which order they run, and on what each builds. Standard library only."""
+
+from enum import Enum
+from typing import NamedTuple
+
+
+class State(Enum):
+    """What a check has found."""
+
+    OK = "ok"
+    FAILED = "FAILED"
+    UNKNOWN = "unknown"  # no answer in time, or something that it builds upon has failed
+
+
+class Check(NamedTuple):
+    """Outcome of one check."""
+
+    name: str
+    state: State
+    detail: str  # what was found, or why it failed
+    remedy: str  # empty where another check's comes first
+
+
+BASE = ("torch", "torchvision", "timm")  # one process imports them once, for all others
+# Run beside each other; within one, one after another, as two processes may not share a GPU everywhere.
+LANES = (("process group", "gpu", "nccl", "deepspeed", "kernels"), ("ffcv",), ("mlflow",))
+PACKAGE = {name: name for name in (*BASE, "deepspeed", "ffcv", "mlflow")}
+AFTER = {
+    "torch": (),
+    "torchvision": ("torch",),
+    "timm": ("torch", "torchvision"),
+    **{name: BASE for lane in LANES for name in lane},
+    "nccl": (*BASE, "gpu"),
+    "kernels": (*BASE, "gpu"),
+    "tracking": (*BASE, "mlflow"),
+}
