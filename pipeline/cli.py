@@ -4,27 +4,41 @@ import argparse
 import atexit
 import errno
 import gc
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.distributed import report
-from pipeline.errors import UserError
+import pipeline
+from pipeline.caches import use_local_caches
+from pipeline.errors import UserError, report
+from pipeline.shipped import find_recipe, listing
 
 if TYPE_CHECKING:
     from pipeline.comparison import Compared
 
+RECIPE = "YAML file, or the name of a ready-made recipe: see `coda recipes`"
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 FULL = (errno.ENOSPC, errno.EDQUOT)  # no room on the disk, or none left in a quota
+# Of a disk that is full or failing: it may be well again when the job script tries once more.
+DISK = {*FULL, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO, errno.EHOSTDOWN, errno.ESHUTDOWN}
+# Of a path that does not exist, is not allowed or cannot be what it should: trying again changes nothing.
+PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EXDEV}
+PATH |= {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 # Before it ends, the interpreter would search all that it has loaded for garbage: 3 s of a processor, while Slurm waits.
 atexit.register(gc.freeze)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0; with one line on stderr 2 for a user's mistake or a disk's failure, 130 for Ctrl-C."""
+    """Run one command; returns the exit code: 0, 2 or, after Ctrl-C, 130.
+
+    A user's mistake, a package that cannot be imported and a disk that is full or failing are one line on stderr and 2; with
+    CODA_TRACEBACK=1 the traceback is above that line. Any other error is raised.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]:
@@ -32,44 +46,80 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:  # argparse takes no positional arguments behind an option
         options.overrides += rest
     try:
+        if options.models:
+            use_local_caches()  # before the libraries that ask for them are imported
+            _register_models()
         return options.run(options) or 0
     except UserError as error:
-        report("mistake")
-        print(f"coda: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except OSError as error:  # of a disk or a file: full, not readable, gone
-        report("disk")  # a job script tries again: the disk may have room by then
-        remedy = "; make room there and start the same command again" if error.errno in FULL else ""
-        print(f"coda: {error}{remedy}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _failed("mistake", str(error))
+    except ImportError as error:  # trying again would not heal it
+        return _failed("mistake", _import_failure(error, options))
+    except OSError as error:
+        if error.errno in DISK:
+            remedy = "; make room there and start the same command again" if error.errno in FULL else ""
+            return _failed("disk", f"{error}{remedy}")
+        if error.errno in PATH or (error.errno is None and not isinstance(error, ConnectionError | TimeoutError)):
+            return _failed("mistake", " ".join(str(error).split()))  # without a number: a library says in words what it cannot open
+        raise
     except KeyboardInterrupt:
         print("coda: interrupted; the same command continues where this one was stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _failed(event: str, text: str) -> int:
+    report(event)
+    if os.environ.get("CODA_TRACEBACK") == "1":
+        traceback.print_exc()
+    print(f"coda: {text}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def _register_models() -> None:
+    try:
+        pipeline.register_models()
+    except (OSError, RuntimeError) as error:  # torchvision of another torch, a library of CUDA that is missing
+        if getattr(error, "errno", None):  # of the disk that they are on
+            raise
+        raise ImportError(f"torch, torchvision or timm: {error}") from error
+
+
+def _import_failure(error: ImportError, options: argparse.Namespace) -> str:
+    """What is missing or broken, in one line, with the remedy."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = f"coda-pipeline[{options.extra}]" if options.extra else "coda-pipeline"
+        return f"`coda {options.command}` needs {error.name}, which is not installed: pip install '{package}', or make setup in a checkout"
+    reason = " ".join(str(error).split())
+    name = f"{error.name}: " if error.name and error.name not in reason else ""
+    return f"`coda {options.command}` cannot import {name}{reason}; `coda doctor` says what this machine lacks"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="coda", description="Train image classifiers that explain themselves.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+    def command(name: str, run, text: str, extra: str = "", models: bool = True) -> argparse.ArgumentParser:
+        """A command that needs the packages of ``extra`` and, unless ``models`` is False, the models in timm."""
         sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, command=name, extra=extra, models=models)
         return sub
 
-    sub = command("doctor", _doctor, "Check this machine, with the remedy beside each failure.")
+    sub = command("doctor", _doctor, "Check this machine, with the remedy beside each failure.", models=False)
+    sub.add_argument("recipe", nargs="?", help="also what this recipe needs: its tracking address and its folders")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
     sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (its disk is checked)")
+    command("recipes", _recipes, "List the ready-made recipes, and where they and the job scripts for Slurm are.", models=False)
     for name, run, text in (
         ("prepare", _prepare, "Write the .beton files of a recipe's data set."),
         ("train", _train, "Train a recipe, or continue where it was stopped; ends with export, evaluation and pictures."),
     ):
-        sub = command(name, run, text)
-        sub.add_argument("recipe", help="YAML file, see recipes/")
+        sub = command(name, run, text, "train")
+        sub.add_argument("recipe", help=RECIPE)
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.epochs=3")
-    sub = command("verify", _verify, "Decode everything in a prepared folder and compare it with its manifest.")
+    sub = command("verify", _verify, "Decode everything in a prepared folder and compare it with its manifest.", "train")
     sub.add_argument("target", metavar="FOLDER|RECIPE", help="a prepared folder, or the recipe that it was prepared with")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
     sub = command("plan", _plan, "Say what a recipe needs and costs on a kind of GPU, from published numbers, or on this processor.")
-    sub.add_argument("recipe", help="YAML file, see recipes/")
+    sub.add_argument("recipe", help=RECIPE)
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.micro_batch_size=64")
     sub.add_argument("--gpu", default="h100", help="h100, a100, ..., or cpu for this machine (default h100)")
     sub.add_argument("--nodes", type=int, default=1)
@@ -77,14 +127,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--images", type=int, help="training images, where the source does not say")
     sub = command("export", _export, "Write the newest checkpoint of a run as model.safetensors + config.json.")
     sub.add_argument("folder", type=Path, metavar="RUN")
-    sub = command(
-        "evaluate", _evaluate, "Evaluate the export of a run: computes what is missing; writes evaluation.json, tables, pictures."
-    )
+    text = "Evaluate the export of a run: computes what is missing; writes evaluation.json, tables, pictures."
+    sub = command("evaluate", _evaluate, text, "train")
     sub.add_argument("folder", type=Path, metavar="RUN|EXPORT")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as evaluation.grids=500")
     sub.add_argument("--metrics", metavar="NAME,...|all", help="default: evaluation.final_metrics of the recipe")
     sub.add_argument("--methods", metavar="NAME,...|all", help="explanations to judge; default: evaluation.methods of the recipe")
-    sub = command("explain", _explain, "Show what in images or a video speaks for and against classes, as one HTML page.")
+    sub = command("explain", _explain, "Show what in images or a video speaks for and against classes, as one HTML page.", "explain")
     sub.add_argument("folder", type=Path, metavar="RUN|EXPORT")
     sub.add_argument("source", type=Path, metavar="IMAGE|FOLDER|VIDEO")
     classes = sub.add_mutually_exclusive_group()
@@ -92,7 +141,8 @@ def _parser() -> argparse.ArgumentParser:
     classes.add_argument("--class", dest="wanted", metavar="NAME|INDEX", help="explain this class")
     sub.add_argument("--layers", action="store_true", help="show the contributions of every layer, too")
     sub.add_argument("--output", type=Path, help="folder of the page (default RUN/explanations/<name of the source>)")
-    sub = command("compare", _compare, "Show evaluated runs beside each other: here, as one page and picture, and in MLflow.")
+    text = "Show evaluated runs beside each other: here, as one page and picture, and in MLflow."
+    sub = command("compare", _compare, text, "train")
     sub.add_argument("names", nargs="+", metavar="RUN|EXPERIMENT", help="folder of a run, or name of an experiment or sweep")
     sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs in which experiments are looked for")
     sub.add_argument("--output", type=Path, help="folder of comparison.html and .png (default: that of the runs)")
@@ -100,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("models", _models, "Print what the CoDA networks cost, for every junction, as a markdown table.")
     sub.add_argument("names", nargs="*", metavar="MODEL", help="all if none is named")
     sub.add_argument("--time", action="store_true", help="also measure CPU time; takes minutes")
-    sub = command("serve", _serve, "Start MLflow's server: for this machine, or with --host for a team.")
+    sub = command("serve", _serve, "Start MLflow's server: for this machine, or with --host for a team.", "server")
     sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs: its mlflow.db and mlartifacts are shown")
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on; beyond this machine (0.0.0.0) a password is required")
     sub.add_argument("--port", type=int, default=5000)
@@ -108,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--artifacts", metavar="FOLDER|s3://BUCKET/PATH", help="where the artifacts of new experiments go")
     sub.add_argument("--allowed-hosts", metavar="NAME,...", default="", help="further names by which clients reach this server")
     sub.add_argument("--credentials", type=Path, help="file of mode 600 with name and password (default ~/.mlflow/credentials)")
-    sub = command("sync", _sync, "Send what MLflow has not received of a run, or of all runs in a folder.")
+    sub = command("sync", _sync, "Send what MLflow has not received of a run, or of all runs in a folder.", "train")
     sub.add_argument("folder", type=Path, metavar="RUN|FOLDER")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as tracking.uri=http://HOST:PORT")
     return parser
@@ -117,21 +167,26 @@ def _parser() -> argparse.ArgumentParser:
 def _doctor(options: argparse.Namespace) -> int:
     from pipeline import doctor
 
-    return doctor.main(options.runs)
+    recipe = options.recipe and str(find_recipe(options.recipe))
+    return doctor.main(options.runs, recipe, options.overrides)
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    print(listing())
 
 
 def _prepare(options: argparse.Namespace) -> None:
     from pipeline.data.write import prepare
     from pipeline.recipe import load
 
-    print(prepare(load(options.recipe, options.overrides)))
+    print(prepare(load(find_recipe(options.recipe), options.overrides)))
 
 
 def _verify(options: argparse.Namespace) -> None:
     from pipeline.data.verify import verify
     from pipeline.recipe import load
 
-    data = None if Path(options.target).is_dir() else load(options.target, options.overrides).data
+    data = None if Path(options.target).is_dir() else load(find_recipe(options.target), options.overrides).data
     print(verify(data.folder if data else Path(options.target), data))
 
 
@@ -139,7 +194,7 @@ def _train(options: argparse.Namespace) -> None:
     from pipeline.distributed import process_group
     from pipeline.recipe import load
 
-    recipe = load(options.recipe, options.overrides)
+    recipe = load(find_recipe(options.recipe), options.overrides)
     with process_group() as world:
         from pipeline.training.loop import train  # imports deepspeed, which reads what process_group sets
 
@@ -153,7 +208,7 @@ def _plan(options: argparse.Namespace) -> None:
     from pipeline.plan import Cluster, Plan, cpu_report
     from pipeline.recipe import load
 
-    recipe = load(options.recipe, options.overrides)
+    recipe = load(find_recipe(options.recipe), options.overrides)
     for name in ("nodes", "gpus_per_node", "images"):
         if (number := getattr(options, name)) is not None and number < 1:
             raise UserError(f"--{name.replace('_', '-')} is {number}; it must be at least 1")

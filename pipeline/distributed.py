@@ -4,10 +4,10 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -113,14 +113,6 @@ def incarnation(environment: Mapping[str, str]) -> str:
     return f"{socket.gethostname()}-{os.getpid()}"
 
 
-def report(event: str, value: int = 0) -> None:
-    """Tell the job script, which cannot rely on srun's exit code: append to this process's file in CODA_REPORTS, if that is set."""
-    if folder := os.environ.get("CODA_REPORTS"):
-        # A disk that is full is no reason to end a training here, nor to hide the error that is being reported.
-        with suppress(OSError), (Path(folder) / f"events-{os.environ.get('SLURM_PROCID', '0')}").open("a") as file:
-            file.write(f"{event} {value}\n")
-
-
 @contextmanager
 def process_group(timeout_seconds: float | None = None) -> Iterator[World]:
     """Join the process group (NCCL on GPUs, else gloo) for the duration of the block, alone or under torchrun or srun.
@@ -137,14 +129,19 @@ def process_group(timeout_seconds: float | None = None) -> Iterator[World]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(_threads(os.environ, size))
     alone = size == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # a torchrun is met at its store, even by one process
-    address, port = ("127.0.0.1", _free_port()) if alone else rendezvous(os.environ)
-    variables = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": size, "MASTER_ADDR": address, "MASTER_PORT": port}
+    variables: dict[str, object] = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": size}
+    meeting: dict[str, Any] = {}
+    if alone:
+        _check_loopback()
+        meeting = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    else:
+        variables["MASTER_ADDR"], variables["MASTER_PORT"] = rendezvous(os.environ)
     os.environ.update({name: str(value) for name, value in variables.items()})  # what torch and deepspeed read
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **meeting)
     try:
         name = gather_across_ranks(incarnation(os.environ))[0]
         yield World(rank, local_rank, size, device, name, timeout_seconds)
@@ -171,10 +168,16 @@ def _threads(environment: Mapping[str, str], size: int) -> int:
     return max(1, available // int(environment.get("LOCAL_WORLD_SIZE") or size))
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _check_loopback() -> None:
+    """Raise UserError if this machine does not reach itself: gloo connects even a process that is alone."""
+    with socket.socket() as listener:
+        try:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            socket.create_connection(listener.getsockname(), timeout=10).close()
+        except OSError as error:
+            remedy = "the loopback interface must be up: `ip link set lo up`, as root"
+            raise UserError(f"address 127.0.0.1 of this machine: {error.strerror or error}; {remedy}") from error
 
 
 def sum_across_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -6,17 +6,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipeline.data.augment import CENTRE_SHARE
-from pipeline.data.sources.images import decode, read_file
 from pipeline.errors import UserError
 from pipeline.export import class_names, find_export, load_export
+from pipeline.images import CENTRE_SHARE, decode, read_file
 from pipeline.interpret.explain import Layer, exact_layers, explainable_layers, layer_contributions
 from pipeline.interpret.page import Section, write_page
 from pipeline.interpret.plots import contribution_sheet, overlay
@@ -155,6 +153,8 @@ def _explain_video(explainer: Explainer, source: Path, output: Path) -> list[Sec
 
 def _frames(source: Path) -> Iterator[tuple[float, Image.Image]]:
     """Up to FRAMES evenly spaced frames with their times in seconds."""
+    import cv2
+
     video = cv2.VideoCapture(str(source))
     try:
         count, rate = int(video.get(cv2.CAP_PROP_FRAME_COUNT)), video.get(cv2.CAP_PROP_FPS) or 25.0

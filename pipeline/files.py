@@ -1,9 +1,20 @@
 """Files that are either complete or absent, and the file systems that they lie on."""
 
 import os
+import re
 from pathlib import Path
 
-NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "lustre", "gpfs", "beegfs", "ceph", "fuse.sshfs", "9p")  # SQLite's locks are not safe there
+# SQLite's locks are not safe there.
+NETWORK_FILE_SYSTEMS = (
+    *("nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ncpfs", "9p", "ceph", "glusterfs", "lustre", "gpfs", "beegfs", "wekafs", "panfs"),
+    *("orangefs", "pvfs2", "cvfs", "dvs"),
+    *("fuse.sshfs", "fuse.ceph", "fuse.ceph-fuse", "fuse.glusterfs", "fuse.beegfs", "fuse.lustre", "fuse.orangefs", "fuse.quobyte"),
+    *("fuse.mfs", "fuse.moosefs", "fuse.lizardfs", "fuse.saunafs", "fuse.seaweedfs", "fuse.juicefs", "fuse.xtreemfs", "fuse.dfuse"),
+    *("fuse.daos", "fuse.s3fs", "fuse.goofys", "fuse.mount-s3", "fuse.geesefs", "fuse.rclone", "fuse.gcsfuse", "fuse.blobfuse"),
+    *("fuse.blobfuse2", "fuse.cvmfs2", "fuse.davfs", "fuse.curlftpfs", "fuse.smbnetfs", "fuse.hdfs", "fuse.fuse_dfs", "fuse.alluxio-fuse"),
+)
+MOUNTS = Path("/proc/self/mounts")
+UNKNOWN = "unknown"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -27,10 +38,17 @@ def network_file_system(folder: Path) -> str | None:
 
 
 def file_system(folder: Path) -> str:
-    """Type of the file system that holds ``folder``, such as ext4 or nfs4."""
-    folder = folder.resolve()
-    mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()]
-    return max((len(point), kind) for point, kind in mounts if folder.is_relative_to(point))[1]
+    """Type of the file system that holds ``folder``, such as ext4 or nfs4; "unknown" where no mount is listed, as in a chroot."""
+    place, kind, depth = Path(os.path.realpath(folder)), UNKNOWN, -1
+    try:
+        lines = os.fsdecode(MOUNTS.read_bytes()).split("\n")
+    except OSError:
+        return UNKNOWN
+    for _, point, found, *_ in (line.split(" ") for line in lines if line.count(" ") >= 2):
+        mounted = Path(re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), point))  # a space is written as \040
+        if place.is_relative_to(mounted) and len(mounted.parts) >= depth:  # of two mounts at one point, the later hides the earlier
+            kind, depth = found, len(mounted.parts)
+    return kind
 
 
 def sync(path: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.data.augment import training_size
 from pipeline.devices import ATTAINABLE, ATTAINABLE_BANDWIDTH, GPU, CPUProfile, gpu_seconds
 from pipeline.errors import UserError
+from pipeline.images import training_size
 from pipeline.models.cost import cost
 from pipeline.models.work import Operation, Work, trace
 from pipeline.recipe import Recipe

@@ -5,6 +5,8 @@ than one field, and returns frozen dataclasses. Nothing else in the pipeline own
 """
 
 import dataclasses
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any, Literal
 
 from pipeline import structure
 from pipeline.errors import UserError
+
+log = logging.getLogger(__name__)
 
 MAX_RESOLUTION = 16_384  # pixels: a stored image must fit a page of FFCV's, which is smaller than 4 GiB
 STORED = "recipe.yaml"  # name of the resolved recipe in a run folder and in an export
@@ -184,6 +188,9 @@ class Recipe:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override and check the recipe at ``path``; each override is ``section.key=value`` with a YAML value.
 
+    A warm-up that the overrides leave as it is in the file, and that fills all of the epochs that they ask for, is shortened to its
+    share of the file's epochs, and a warning says so.
+
     Raises:
         UserError: unreadable file, bad YAML, unknown key, wrong type, or values that do not fit together.
     """
@@ -196,9 +203,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = structure.parse(text, f"recipe {path}")
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path}: must be a mapping of keys to values, found {type(tree).__name__}")
+    training = tree.get("training")
+    stated = training.get("epochs") if isinstance(training, dict) else None
     for override in overrides:
         structure.override(tree, override)
-    return from_dict(tree, f"recipe {path}")
+    changed = {override.partition("=")[0] for override in overrides}
+    recipe = structure.build(Recipe, tree, "", f"recipe {path}")
+    if "training.epochs" in changed and not changed & {"training", "training.warmup_epochs"}:
+        recipe = _with_fitting_warmup(recipe, stated, path)
+    _check(recipe, f"recipe {path}")
+    return recipe
 
 
 def from_dict(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -217,6 +231,21 @@ def load_stored(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not (folder / STORED).is_file():
         raise UserError(f"{folder}: holds no {STORED}, so it is neither a run nor an export; `coda train RECIPE` makes a run")
     return load(folder / STORED, overrides)
+
+
+def _with_fitting_warmup(recipe: Recipe, stated: Any, path: str | Path) -> Recipe:
+    """``recipe``; its warm-up at the share of the ``stated`` epochs of the file at ``path``, where it would fill all that are left."""
+    training = recipe.training
+    if not (isinstance(stated, int) and 0 < training.epochs < stated and training.warmup_epochs >= training.epochs):
+        return recipe
+    warmup = float(f"{training.warmup_epochs / stated * training.epochs:.2g}")
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # one of many processes says it for all
+        log.warning(
+            "training.warmup_epochs %g does not fit %d epoch%s: %g is used, the same share as in %s; "
+            "say training.warmup_epochs=... for another",
+            *(training.warmup_epochs, training.epochs, "s" if training.epochs > 1 else "", warmup, path),
+        )
+    return dataclasses.replace(recipe, training=dataclasses.replace(training, warmup_epochs=warmup))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -259,7 +288,12 @@ def _check(recipe: Recipe, where: str) -> None:
         ("training.weight_decay", training.weight_decay, training.weight_decay >= 0, "0 or more"),
         ("training.weight_penalty", training.weight_penalty, 0 <= training.weight_penalty < float("inf"), "0 (off) or more"),
         ("training.momentum", training.momentum, 0 <= training.momentum < 1, "in [0, 1)"),
-        ("training.warmup_epochs", training.warmup_epochs, 0 <= training.warmup_epochs <= training.epochs, "between 0 and epochs"),
+        (
+            "training.warmup_epochs",
+            training.warmup_epochs,
+            0 <= training.warmup_epochs <= training.epochs,
+            f"between 0 and epochs, so at most {training.epochs}, e.g. training.warmup_epochs={training.epochs / 20:.2g}",
+        ),
         (
             "training.warmup_learning_rate",
             training.warmup_learning_rate,

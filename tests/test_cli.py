@@ -1,15 +1,22 @@
 """Every mistake of a user ends in one line, exit code 2, and nothing half-written."""
 
+import errno
+import os
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 from recipes_for_tests import small_recipe
 
+from pipeline import cli
 from pipeline.cli import main
+from pipeline.shipped import find_recipe, recipes, shipped_folder
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -50,6 +57,85 @@ def test_a_misspelt_key(recipe_file, capsys):
 
 def test_a_missing_recipe(capsys, tmp_path):
     fails(capsys, ["train", str(tmp_path / "none.yaml")], "none.yaml")
+
+
+def test_a_ready_made_recipe_goes_by_its_name(capsys, tmp_path, monkeypatch):
+    assert set(recipes()) == {path.stem for path in (ROOT / "recipes").glob("*.yaml")} and shipped_folder("slurm") == ROOT / "slurm"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits_resnet20").mkdir()  # a run of that name
+    assert find_recipe("digits_resnet20") == ROOT / "recipes" / "digits_resnet20.yaml"
+    assert find_recipe("digits_resnet20.yaml") == Path("digits_resnet20.yaml")
+    assert find_recipe("mine/digits_resnet20") == Path("mine/digits_resnet20")
+    (tmp_path / "digits_coda_resnet20").write_text("name: mine\n")
+    assert find_recipe("digits_coda_resnet20") == Path("digits_coda_resnet20")
+    for command in ("train", "prepare", "plan", "verify", "doctor"):
+        fails(capsys, [command, "digits_resnet2O"], "digits_resnet2O", "did you mean digits_resnet20?")
+    fails(capsys, ["plan", "digits_resnet20", "training.epoch=1"], "digits_resnet20.yaml", "training.epoch")
+
+
+def test_every_ready_made_recipe_says_what_it_is(capsys):
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.partition("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in lines] == list(recipes())
+    assert all(len(line.split()) > 4 and ":" not in line.split()[1] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("number", "event"),
+    [
+        *((number, "disk") for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)),
+        *((number, "mistake") for number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, None)),
+    ],
+)
+def test_only_a_disk_that_is_full_or_failing_is_worth_another_try(number, event, capsys, tmp_path, monkeypatch):
+    def raises():
+        raise OSError(number, "what the system says", "/a/file") if number else OSError("libx.so: cannot open shared object file")
+
+    monkeypatch.setattr(cli, "listing", raises)
+    monkeypatch.setenv("CODA_REPORTS", str(tmp_path))
+    fails(capsys, ["recipes"], "/a/file" if number else "libx.so")
+    assert (tmp_path / "events-0").read_text() == f"{event} 0\n"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EINVAL, "x"), ConnectionResetError("x"), TimeoutError("x"), ValueError("x")], ids=repr)
+def test_what_is_not_understood_keeps_its_traceback(error, tmp_path, monkeypatch):
+    def raises():
+        raise error
+
+    monkeypatch.setattr(cli, "listing", raises)
+    monkeypatch.setenv("CODA_REPORTS", str(tmp_path))
+    with pytest.raises(type(error)):
+        main(["recipes"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made(capsys):
+    fails(capsys, ["serve", "--runs", "/proc/none/runs"], "/proc/none")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("torch.so", "no library", "torch.so"),
+        ("torch.py", "import ctypes; ctypes.CDLL('libnone.so.1')", "libnone.so.1: cannot open shared object file"),
+        (
+            "torch.py",
+            "raise RuntimeError('operator torchvision::nms does not exist')",
+            "operator torchvision::nms does not exist; `coda doctor`",
+        ),
+        ("torch.py", "import nothing.of_the_kind", "needs nothing, which is not installed: pip install 'coda-pipeline[train]'"),
+    ],
+)
+def test_a_package_that_cannot_be_imported(file, content, said, tmp_path):
+    (tmp_path / file).write_text(content)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "CODA_REPORTS": str(tmp_path)}
+    words = [sys.executable, "-m", "pipeline", "train", "digits_resnet20"]
+    run = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
+    assert run.stderr.startswith("coda: `coda train` ") and said in run.stderr
+    assert (tmp_path / "events-0").read_text() == "mistake 0\n"
+    shown = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment | {"CODA_TRACEBACK": "1"})
+    assert shown.returncode == 2 and shown.stderr.startswith("Traceback") and shown.stderr.endswith(run.stderr)
 
 
 def test_a_missing_data_folder(recipe_file, tmp_path, capsys):

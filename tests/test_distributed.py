@@ -19,11 +19,10 @@ from pipeline.distributed import (
     process_group,
     ranks,
     rendezvous,
-    report,
     sum_across_ranks,
     together,
 )
-from pipeline.errors import UserError
+from pipeline.errors import UserError, report
 
 
 @pytest.mark.parametrize(

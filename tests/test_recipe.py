@@ -4,9 +4,10 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.errors import UserError
-from pipeline.recipe import from_dict, load
+from pipeline.recipe import from_dict, load, load_stored
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "recipes" / "digits_coda_resnet20.yaml"
@@ -18,6 +19,50 @@ def test_ready_made_recipes_load_and_survive_a_round_trip(path):
     assert recipe.name == path.stem
     assert from_dict(recipe.to_dict()) == recipe
     assert f"coda train recipes/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_one_epoch_works_on_every_recipe(path, caplog):
+    training, stated = load(path, ["training.epochs=1"]).training, load(path).training
+    assert training.epochs == 1 and training.warmup_epochs < 1
+    if stated.warmup_epochs < 1:
+        assert training.warmup_epochs == stated.warmup_epochs and not caplog.messages
+        return
+    assert training.warmup_epochs == pytest.approx(stated.warmup_epochs / stated.epochs, rel=0.05)
+    assert caplog.messages == [
+        f"training.warmup_epochs {stated.warmup_epochs:g} does not fit 1 epoch: {training.warmup_epochs:g} is used, "
+        f"the same share as in {path}; say training.warmup_epochs=... for another"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warmup", "said"),
+    [
+        (["training.epochs=2"], 0.13, True),  # of 2 in 30 epochs: it would have filled both
+        (["training.epochs=3"], 2, False),
+        (["training.epochs=90"], 2, False),
+        (["training.epochs=2", "training.warmup_epochs=2"], 2, False),
+        (["training.warmup_epochs=0", "training.epochs=1"], 0, False),
+    ],
+)
+def test_a_warm_up_that_no_longer_fits_keeps_its_share(overrides, warmup, said, caplog, monkeypatch):
+    recipe = load(DIGITS, overrides)
+    assert recipe.training.warmup_epochs == warmup and bool(caplog.messages) == said
+    caplog.clear()
+    monkeypatch.setenv("RANK", "1")
+    assert load(DIGITS, overrides) == recipe and not caplog.messages
+
+
+def test_a_run_with_a_shortened_warm_up_goes_on(tmp_path):
+    recipe = load(DIGITS, ["training.epochs=1"])
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
+    assert load_stored(tmp_path).identity() == recipe.identity()
+
+
+def test_a_stated_warm_up_that_does_not_fit_is_refused_with_what_would():
+    remedy = r"warmup_epochs is 5.0; it must be between 0 and epochs, so at most 1, e.g. training.warmup_epochs=0.05"
+    with pytest.raises(UserError, match=remedy):
+        load(DIGITS, ["training.epochs=1", "training.warmup_epochs=5"])
 
 
 def test_overrides_reach_every_level():

@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pipeline.recipe import DataRecipe
+from pipeline.images import CENTRE_SHARE
+from pipeline.images import training_size as training_size  # one of these functions, for whoever needs no FFCV, too
 
 CROP_AREA = (0.08, 1.0)  # share of the stored image's area
 CROP_ASPECT = (3 / 4, 4 / 3)  # width / height
 ATTEMPTS = 10  # to find a random box that fits
-CENTRE_SHARE = 224 / 256  # side of the evaluation crop / shorter side of the stored image
 
 FLIP, SHIFT_DOWN, SHIFT_RIGHT, CROP = range(4)  # streams of independent random numbers; CROP and the following for the crops
 
@@ -48,14 +48,6 @@ def page_permutation(seed: int, epoch: int, pages: np.ndarray, window: int) -> n
     numbers, page = np.unique(pages, return_inverse=True)
     windows = generator.permutation(len(numbers))[page] // window  # (samples,)
     return np.lexsort((generator.random(len(pages)), windows))
-
-
-def training_size(data: DataRecipe, epoch: int, epochs: int) -> int:
-    """Side in pixels of the training images of ``epoch``: rises linearly, in steps, where the recipe asks for that."""
-    if data.progressive is None:
-        return data.image_size
-    missing = (data.image_size - data.progressive.start_size) * max(0.0, 1 - epoch / (data.progressive.until * epochs))
-    return data.image_size - round(missing / data.progressive.step) * data.progressive.step
 
 
 def moves(seed: int, epoch: int, indices: np.ndarray, flip: bool, padding: int) -> np.ndarray:

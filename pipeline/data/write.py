@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import cv2
 import numpy as np
+import PIL
 import torch.distributed as dist
 import xxhash
 from tqdm import tqdm
@@ -28,8 +30,8 @@ from pipeline.distributed import gather_across_ranks
 from pipeline.errors import UserError
 from pipeline.recipe import DataRecipe, Recipe
 
-CODECS = ("ffcv", "pillow", "opencv-python")  # whose versions decide the stored bytes
-STORING = ("image_size", "write_mode", "compress_probability", "jpeg_quality", "max_resolution", "chunk_size")  # settings that do
+# Settings that decide the stored bytes, as the versions of FFCV, Pillow and OpenCV do.
+STORING = ("image_size", "write_mode", "compress_probability", "jpeg_quality", "max_resolution", "chunk_size")
 
 
 def prepare(recipe: Recipe) -> Path:
@@ -128,7 +130,8 @@ def _manifest(train: Split, entries: dict[str, SplitFile], data: DataRecipe) -> 
 def _identity(split: Split, data: DataRecipe) -> str:
     """A hash of all that decides the bytes of the file, except the content of the source's files."""
     settings = {key: value for key, value in asdict(data).items() if key in STORING}
-    versions = {name: importlib.metadata.version(name) for name in CODECS}
+    # OpenCV comes in several distributions, of which any serves.
+    versions = {"ffcv": importlib.metadata.version("ffcv"), "pillow": PIL.__version__, "opencv": cv2.__version__}
     return hashlib.sha256(f"{split.identity()} {settings} {versions}".encode()).hexdigest()
 
 

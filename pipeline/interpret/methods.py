@@ -4,7 +4,8 @@ Conventions of Böhle, Fritz, Schiele, arXiv 2109.13004 and its official code: e
 CoDA networks the six-channel encoding), keeps signs, and is summed over channels to one map; integrated gradients takes 20 steps from
 black; GradCAM has a ReLU and sits at the layer before the pooling; occlusion blanks windows of 5 or 9 pixels, 2 pixels apart, in all
 channels. LIME (Ribeiro et al., arXiv 1602.04938) fits a ridge regression to 256 images in which each superpixel is blanked half of the
-time. Post-hoc methods see the network as it is, dynamic weights included, and not in explanation mode.
+time. Post-hoc methods see the network as it is, dynamic weights included, and not in explanation mode. captum and scikit-image are
+imported by the methods that need them: the network's own contributions need neither.
 """
 
 import warnings
@@ -12,19 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from captum._utils.models.linear_model import SkLearnRidge
-from captum.attr import (
-    DeepLift,
-    GuidedBackprop,
-    InputXGradient,
-    IntegratedGradients,
-    LayerGradCam,
-    LayerGradientXActivation,
-    Lime,
-    Occlusion,
-    Saliency,
-)
-from skimage.segmentation import slic
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -58,14 +46,20 @@ def _each_class(attribute: Callable[[Tensor], Tensor], targets: Tensor) -> Tenso
 
 
 def _gradient(net: Encoded, encoded: Tensor, black: Tensor, targets: Tensor) -> Tensor:
+    from captum.attr import Saliency
+
     return _each_class(lambda target: Saliency(net).attribute(encoded, target, abs=False), targets)
 
 
 def _input_x_gradient(net: Encoded, encoded: Tensor, black: Tensor, targets: Tensor) -> Tensor:
+    from captum.attr import InputXGradient
+
     return _each_class(lambda target: InputXGradient(net).attribute(encoded, target), targets)
 
 
 def _integrated_gradients(net: Encoded, encoded: Tensor, black: Tensor, targets: Tensor) -> Tensor:
+    from captum.attr import IntegratedGradients
+
     size = max(IMAGES_AT_ONCE, len(encoded))
     method = IntegratedGradients(net)
     return _each_class(
@@ -74,16 +68,22 @@ def _integrated_gradients(net: Encoded, encoded: Tensor, black: Tensor, targets:
 
 
 def _guided_backprop(net: Encoded, encoded: Tensor, black: Tensor, targets: Tensor) -> Tensor:
+    from captum.attr import GuidedBackprop
+
     return _each_class(lambda target: GuidedBackprop(net).attribute(encoded, target), targets)
 
 
 def _deep_lift(net: Encoded, encoded: Tensor, black: Tensor, targets: Tensor) -> Tensor:
+    from captum.attr import DeepLift
+
     return _each_class(lambda target: DeepLift(net).attribute(encoded, black, target), targets)
 
 
 def _occlusion(window: int) -> InputMethod:
     def attribute(net: Encoded, encoded: Tensor, black: Tensor, targets: Tensor) -> Tensor:
         """All classes from the same forward passes: captum takes a function with several outputs per image."""
+        from captum.attr import Occlusion
+
         channels = encoded.shape[1]
         terms = Occlusion(lambda images, classes: net(images).gather(1, classes)).attribute(
             encoded,
@@ -100,6 +100,8 @@ def _occlusion(window: int) -> InputMethod:
 
 def superpixels(encoded: Tensor) -> Tensor:
     """SLIC segments of one encoded image (1, C, H, W): their numbers from 0, (1, C, H, W) int64."""
+    from skimage.segmentation import slic
+
     colours = encoded[0, :3].permute(1, 2, 0).cpu().double().numpy()
     wanted = max(2, colours[..., 0].size // SUPERPIXEL)
     segments = torch.from_numpy(slic(colours, n_segments=wanted, start_label=0, channel_axis=-1))
@@ -112,6 +114,9 @@ def _lime(net: Encoded, encoded: Tensor, black: Tensor, targets: Tensor) -> Tens
 
 def _lime_of_image(net: Encoded, encoded: Tensor, classes: Tensor) -> Tensor:
     """(K, C, H, W) of one image (1, C, H, W). All classes see the same perturbed images, so these pass the network once."""
+    from captum._utils.models.linear_model import SkLearnRidge
+    from captum.attr import Lime
+
     logits: list[Tensor] = []
     segments, terms = superpixels(encoded), []
     for target in classes.tolist():
@@ -221,6 +226,8 @@ def _at_input(method: str, net: Encoded, encoded: Tensor, black: Tensor, targets
 
 def _at_layer(method: str, net: Encoded, module: nn.Module, encoded: Tensor, targets: Tensor) -> Tensor:
     """(B, K, C, h, w) of a method of BY_LAYER at the output of ``module``; C is 1 for GradCAM."""
+    from captum.attr import LayerGradCam, LayerGradientXActivation
+
     if method == "gradcam":
         return _each_class(lambda target: LayerGradCam(net, module).attribute(encoded, target, relu_attributions=True), targets)
     return _each_class(lambda target: LayerGradientXActivation(net, module).attribute(encoded, target), targets)

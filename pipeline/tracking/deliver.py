@@ -6,6 +6,7 @@ import logging
 import shutil
 import tempfile
 import uuid
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,15 +52,12 @@ def deliver(client: "MlflowClient", run: str, folder: Path, recipe: Recipe, kind
 
 def _deliver_dataset(client: "MlflowClient", run: str, record: dict[str, Any]) -> None:
     """An input of the run, with its context (training or validation)."""
-    from mlflow.data.dataset_source_registry import resolve_dataset_source
-    from mlflow.data.meta_dataset import MetaDataset
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
     about = dict(record["value"])
-    source = resolve_dataset_source(about.pop("source"))
-    dataset = MetaDataset(source, name=about.pop("name"), digest=about.pop("digest"))  # type: ignore[abstract]  # it is not
-    entity = Dataset(**dataset.to_dict() | {"profile": json.dumps(about)})
+    source = json.dumps({"uri": about.pop("source")})
+    entity = Dataset(about.pop("name"), about.pop("digest"), "local", source, profile=json.dumps(about))
     client.log_inputs(run, datasets=[DatasetInput(entity, [InputTag(MLFLOW_DATASET_CONTEXT, record["key"])])])
 
 
@@ -89,6 +87,7 @@ def _deliver_model(client: "MlflowClient", run: str, export: Path, name: str) ->
     signature = ModelSignature(inputs=images, params=ParamSchema([ParamSpec("explain", DataType.boolean, False)]))
     code = str(Path(__file__).with_name("pyfunc.py"))
     requirements = ["coda-pipeline", f"mlflow=={importlib.metadata.version('mlflow')}"]
+    warnings.filterwarnings("ignore", ".*An input example was not provided when logging the model")  # the signature is given
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model")
         artifacts = {"export": str(export)}

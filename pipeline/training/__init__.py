@@ -1,0 +1,9 @@
+"""Training under DeepSpeed, which reads what is set here when it is imported."""
+
+import os
+
+import torch
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it imports MLflow
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")

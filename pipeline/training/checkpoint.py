@@ -23,8 +23,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from pipeline.distributed import World, average_buffers, gather_across_ranks, report, together
-from pipeline.errors import UserError
+from pipeline.distributed import World, average_buffers, gather_across_ranks, together
+from pipeline.errors import UserError, report
 from pipeline.files import write_atomically
 from pipeline.training.lease import Lease
 

@@ -13,6 +13,9 @@ from pipeline.distributed import World
 from pipeline.recipe import Recipe
 
 deepspeed.utils.logger.setLevel(logging.WARNING)
+# Of DeepSpeed's own operators none is used here, and none counts as compatible: on a processor it would compile one for inference as
+# soon as it starts, with a compiler and ninja, into the home.
+deepspeed.ops.__compatible_ops__ = {}
 
 
 def configuration(recipe: Recipe, world_size: int) -> dict[str, Any]:

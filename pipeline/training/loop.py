@@ -17,8 +17,8 @@ from pipeline.data.load import Batch, unit_range
 from pipeline.data.loaders import eval_loader, train_loader
 from pipeline.data.memory import require_memory
 from pipeline.data.write import prepare
-from pipeline.distributed import World, average_buffers, barrier, gather_across_ranks, job_tags, report, sum_across_ranks, together
-from pipeline.errors import UserError
+from pipeline.distributed import World, average_buffers, barrier, gather_across_ranks, job_tags, sum_across_ranks, together
+from pipeline.errors import UserError, report
 from pipeline.evaluate import evaluate
 from pipeline.export import FOLDER, export
 from pipeline.files import write_atomically

@@ -11,7 +11,8 @@ from types import FrameType
 
 import torch
 
-from pipeline.distributed import World, report, sum_across_ranks
+from pipeline.distributed import World, sum_across_ranks
+from pipeline.errors import report
 
 REQUEUE = 85  # exit code: all is saved, start me again
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)

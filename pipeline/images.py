@@ -1,0 +1,86 @@
+"""Images as a model is shown them: their files read, and the sides at which it sees them. Needs no FFCV.
+
+What cannot be converted raises an error that says why; nothing here waits: not for a pipe, nor for a programme that a format might call.
+"""
+
+import os
+import stat
+import warnings
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pipeline.recipe import DataRecipe
+
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's decoders that call nothing outside
+MAX_FILE_BYTES = 1 << 29
+CENTRE_SHARE = 224 / 256  # side of the evaluation crop / shorter side of the stored image
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name ends like that of an image. Hidden files are none: some systems leave ``._x.png`` behind."""
+    base = name.rpartition("/")[2]
+    return not base.startswith(".") and Image.registered_extensions().get(os.path.splitext(base)[1].lower()) in FORMATS
+
+
+def read_file(path: str | Path, offset: int = 0, length: int | None = None) -> bytes:
+    """A regular file's content, or the ``length`` bytes of it from ``offset`` on.
+
+    Raises:
+        OSError: there is none, it is something else, such as a pipe, it is shorter, or it is implausibly large.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # opening a pipe would wait
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError("is not a regular file")
+        wanted = found.st_size if length is None else length
+        if wanted > MAX_FILE_BYTES:
+            raise OSError(f"has {wanted} bytes, more than the {MAX_FILE_BYTES} that an image may have")
+        content = os.pread(file.fileno(), wanted, offset)
+        if len(content) < wanted:
+            raise OSError("has become shorter")
+        return content
+
+
+def decode(content: bytes) -> Image.Image:
+    """Decode the first frame to 8-bit RGB, upright as its EXIF orientation says.
+
+    Greyscale, palettes and CMYK are converted, 16-bit values scaled to 8 bits, transparency is dropped.
+
+    Raises:
+        Exception: of many kinds, as Pillow's decoders do: broken, empty, floating-point, or above Pillow's limit of 89 million pixels.
+    """
+    if not content:
+        raise ValueError("is empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # damaged EXIF data, for example
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(BytesIO(content), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise ValueError(f"is no image, or none of the formats {', '.join(FORMATS)}") from None
+        with image:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+    return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded image of any mode as 8-bit RGB. Raises ValueError: floating-point values, whose range nobody knows."""
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F":
+        raise ValueError("has floating-point values; convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):  # convert() would clip 16-bit values at 255
+        image = Image.fromarray(np.clip(np.round(np.asarray(image) / 257), 0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def training_size(data: DataRecipe, epoch: int, epochs: int) -> int:
+    """Side in pixels of the training images of ``epoch``: rises linearly, in steps, where the recipe asks for that."""
+    if data.progressive is None:
+        return data.image_size
+    missing = (data.image_size - data.progressive.start_size) * max(0.0, 1 - epoch / (data.progressive.until * epochs))
+    return data.image_size - round(missing / data.progressive.step) * data.progressive.step
