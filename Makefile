@@ -1,43 +1,52 @@
-# `make demo` and `make test` do all of their own set-up on a fresh Debian or Ubuntu machine with Python 3.11 or newer.
+# `make demo` and `make test` do all of their own set-up where there is Python 3.11 or newer with venv.
 
-PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# FFCV comes as source and compiles against these; DeepSpeed looks for libaio-dev. libgl1 and libglib2.0-0 are for OpenCV's Python module.
-PACKAGES := build-essential pkg-config libopencv-dev libturbojpeg0-dev libaio-dev libgl1 libglib2.0-0
-READY := $(VENV)/ready
+SETUP := sh install/setup.sh $(VENV)
+export PYTHON WHEELHOUSE TORCH_INDEX
 
-.PHONY: help demo test faults fuzz setup clean
+.PHONY: help demo test fresh faults fuzz setup ready wheelhouse clean
 
 help:
-	@echo "make demo   train a hybrid CoDA ResNet and the plain ResNet it came from, and compare them"
-	@echo "make test   lint, type-check and run the test-suite"
-	@echo "make faults strike a training under a local Slurm 60 times: root, slurm-wlm and munge, over an hour"
-	@echo "make fuzz   prepare and verify 2,000 mutated files (images, tars, .beton, manifests): some minutes"
-	@echo "make setup  system packages, virtual environment and dependencies (both commands do this by themselves)"
+	@echo "make demo        train a hybrid CoDA ResNet and the plain ResNet it came from, and compare them"
+	@echo "make test        lint, type-check and run the test-suite"
+	@echo "make setup       the virtual environment $(VENV), 6.9 GB (both commands do this by themselves)"
+	@echo "                 PYTHON=...       another interpreter"
+	@echo "                 TORCH_INDEX=https://download.pytorch.org/whl/cpu   PyTorch for processors only, less than half of the disk"
+	@echo "                 WHEELHOUSE=...   install from that folder, without network"
+	@echo "make wheelhouse  fill the folder WHEELHOUSE (wheelhouse) for a machine without network"
+	@echo "make fresh       set-up, doctor, training and tests in bare root file systems of Debian 12 and 13: root and debootstrap, an hour"
+	@echo "make faults      strike a training under a local Slurm 60 times: root, slurm-wlm and munge, over an hour"
+	@echo "make fuzz        prepare and verify 2,000 mutated files (images, tars, .beton, manifests): some minutes"
 
-demo: setup
+demo: ready
 	@$(BIN)/coda train recipes/digits_resnet20.yaml
 	@$(BIN)/coda train recipes/digits_coda_resnet20.yaml
 	@$(BIN)/coda compare runs/digits_coda_resnet20 runs/digits_resnet20
 
-test: setup
+test: ready
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-faults: setup
+fresh:
+	@bash tests/fresh/run.sh
+
+faults: ready
 	@OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python tests/slurm/faults.py
 
-fuzz: setup
+fuzz: ready
 	@OMP_NUM_THREADS=1 PYTHONPATH=.:tests/data $(BIN)/python tests/data/fuzz.py --files 2000
 
-setup: $(READY)
+setup:
+	@$(SETUP)
 
-$(READY): pyproject.toml constraints.txt
-	@PYTHON=$(PYTHON) PACKAGES="$(PACKAGES)" sh setup.sh $(VENV)
-	@touch $@
+ready:
+	@$(SETUP) --if-needed
+
+wheelhouse: ready
+	@sh install/wheelhouse.sh $(VENV) $(or $(WHEELHOUSE),wheelhouse)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info

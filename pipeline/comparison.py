@@ -1,6 +1,9 @@
 """Evaluated runs beside each other: as text, as one page and picture for a paper or a chat, and where MLflow shows the same runs."""
 
 import json
+import os
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,6 +19,7 @@ from pipeline.interpret.figures import ComparedRuns, comparison_figure
 from pipeline.interpret.page import figure_html, page_html
 from pipeline.recipe import STORED, Recipe, flatten, load_stored
 from pipeline.results import EVALUATION, PICTURES, SHEET
+from pipeline.tracking.journal import JOURNAL
 
 COLUMNS = {  # of the table: metric name -> title
     "val/top1": "top-1",
@@ -79,9 +83,42 @@ def table(runs: Sequence[Compared]) -> str:
     return "\n".join([*lines, "", f"Localisation: mean share in the right cell of {n}x{n} grids, chance {1 / n**2:.3f}."])
 
 
-def pictures(runs: Sequence[Compared]) -> str:
-    """Where the pictures of the runs lie, as text."""
-    return "\n".join(["Pictures:", *(f"  {path}" for run in runs for path in sorted((run.folder / PICTURES).glob("*.png")))])
+def closing(runs: Sequence[Compared], page: Path | None = None) -> str:
+    """What a command ends with: the results, the pictures and the ``page`` that compares them, and what to do next."""
+    program, lines = _program(), [table(runs), "", pictures(runs, page), "", "Next:"]
+    lines += [f"  {program} explain {_from_here(runs[0].folder)} IMAGE", "      shows what in an image speaks for and against its classes"]
+    for run in runs:
+        if (run.folder / JOURNAL).is_file() and not (run.folder / "run_id").is_file():
+            lines += [f"  {program} sync {_from_here(run.folder)}", "      sends this run to MLflow, which does not have it yet"]
+    own = f"sqlite:///{Path('runs').resolve() / 'mlflow.db'}"  # which `coda serve` finds by itself
+    for address, command in mlflow_views(runs):
+        charts = f"the charts of {'these runs' if len(runs) > 1 else 'this run'}"
+        if command:
+            start = command.removeprefix("coda").removesuffix(f" --backend-store-uri {own}")
+            lines += [f"  {program}{start}", f"      starts MLflow, which then shows {charts} at", f"      {address}"]
+        else:
+            lines += [f"  see {charts} in MLflow", f"      {address}"]
+    return "\n".join(lines)
+
+
+def pictures(runs: Sequence[Compared], page: Path | None = None) -> str:
+    """Where the pictures of the runs lie, and the page that compares them, as text."""
+    shown = [path for run in runs for path in sorted((run.folder / PICTURES).glob("*.png"))]
+    if page:
+        shown = [page, page.with_suffix(".png"), *shown]
+    return "\n".join(["Pictures:", *(f"  {_from_here(path)}" for path in shown)])
+
+
+def _program() -> str:
+    """What to type for ``coda`` in this shell: a virtual environment need not be on the PATH."""
+    installed = Path(sys.executable).with_name("coda")
+    return "coda" if shutil.which("coda") or not installed.is_file() else str(_from_here(installed))
+
+
+def _from_here(path: Path) -> Path:
+    """``path`` as one would type it in the current folder."""
+    path, here = Path(os.path.abspath(path)), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def differences(runs: Sequence[Compared]) -> dict[str, list[str]]:

@@ -17,7 +17,7 @@ from pipeline.interpret.depth import interpretable_area, interpretable_depth
 from pipeline.interpret.explain import Layer, completeness_error, exact_layers, parts
 from pipeline.interpret.methods import BY_LAYER, at_input_size, attribution_maps, own_place, places
 from pipeline.interpret.pixel_removal import removal_curve
-from pipeline.interpret.pointing_game import choose_grids, localisation_scores, make_grids, summary
+from pipeline.interpret.pointing_game import localisation_scores, make_grids, summary
 from pipeline.recipe import Recipe
 from pipeline.result_store import Result, ResultStore, Row
 from pipeline.subject import Subject
@@ -214,10 +214,7 @@ METRICS = {
 
 def _play(subject: Subject, method: str, layers: Sequence[Layer], n: int) -> tuple[list[Tensor], int]:
     """Localisation scores (G * n²,) of every layer over the same n x n grids, and G; no scores if the images do not fill one grid."""
-    world, predicted = subject.world, subject.predicted
-    generator = torch.Generator().manual_seed(subject.recipe.seed)
-    grids = subject.recipe.evaluation.grids
-    chosen = choose_grids(predicted.label_logits, predicted.labels, predicted.predictions, n, grids, generator)
+    world, predicted, chosen = subject.world, subject.predicted, subject.grids(n)
     mine: list[list[Tensor]] = [[] for _ in layers]
     samples = chosen[world.rank :: world.size].flatten()
     for images, numbers in subject.select(samples, GRIDS_AT_ONCE * n * n, f"localisation {n}x{n}, {method}"):

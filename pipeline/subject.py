@@ -6,7 +6,7 @@ together, the first time a metric asks.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from pipeline.data.load import EpochLoader, unit_range
 from pipeline.distributed import World, gather_across_ranks, sum_across_ranks
 from pipeline.interpret.explain import Layer, explainable_layers
+from pipeline.interpret.pointing_game import choose_grids
 from pipeline.recipe import Recipe
 
 
@@ -38,6 +39,7 @@ class Subject:
     recipe: Recipe
     loader: EpochLoader
     world: World
+    _grids: dict[int, Tensor] = field(default_factory=dict)  # chosen so far, by side
 
     @cached_property
     def predicted(self) -> Predictions:
@@ -49,6 +51,15 @@ class Subject:
         """The layers that can be explained, from the output back to the input."""
         size = self.recipe.data.evaluated_size
         return explainable_layers(self.model, torch.zeros(1, 3, size, size, device=self.world.device))
+
+    def grids(self, n: int) -> Tensor:
+        """Samples (G, n²) of the n x n grids of the pointing game, the same for every method. Every process must ask."""
+        if n not in self._grids:
+            predicted, generator, wanted = self.predicted, torch.Generator().manual_seed(self.recipe.seed), self.recipe.evaluation.grids
+            about = (predicted.label_logits, predicted.labels, predicted.predictions)
+            chosen = choose_grids(*about, n, wanted, generator) if self.world.is_main else None
+            self._grids[n] = gather_across_ranks(chosen)[0]
+        return self._grids[n]
 
     def share(self, count: int) -> Tensor:
         """This process's share of the first ``count`` samples (of all, where there are fewer)."""

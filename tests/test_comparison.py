@@ -10,7 +10,7 @@ from PIL import Image
 from recipes_for_tests import small_recipe
 
 from pipeline.cli import main
-from pipeline.comparison import differences, find_runs, mlflow_views, report, table
+from pipeline.comparison import closing, differences, find_runs, mlflow_views, report, table
 from pipeline.errors import UserError
 from pipeline.interpret.figures import ComparedRuns
 
@@ -74,6 +74,27 @@ def test_mlflow_shows_exactly_these_runs(tmp_path):
     assert served[0].startswith("http://mlflow.lab:5000/#/") and address.path == "/experiments/7/runs"
     assert query["compareRunsMode"] == ["CHART"] and query["searchFilter"] == ["attributes.run_id IN ('id-a', 'id-b')"]
     assert local[0].startswith("http://127.0.0.1:5000/#/experiments/7/runs?") and "id-c" in local[0]
+
+
+def test_a_command_ends_with_what_to_do_next(tmp_path, monkeypatch):
+    for name, uri in (("a", "http://mlflow.lab:5000"), ("b", None), ("c", None)):
+        evaluated(tmp_path / "runs", name, uri, 0.5)
+    (tmp_path / "runs" / "c" / "run_id").unlink()
+    (tmp_path / "runs" / "c" / "journal.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("sys.executable", str(tmp_path / "venv" / "bin" / "python"))
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "coda").touch()
+    text = closing(find_runs(["runs/a", "runs/b", "runs/c"], tmp_path), tmp_path / "runs" / "comparison.html")
+    lines = text.split("Pictures:\n")[1].splitlines()
+    assert lines[:3] == ["  runs/comparison.html", "  runs/comparison.png", "  runs/a/pictures/contributions.png"]
+    commands = [line.strip() for line in lines if line.startswith("  venv")]
+    assert commands == ["venv/bin/coda explain runs/a IMAGE", "venv/bin/coda sync runs/c", "venv/bin/coda serve"]
+    assert "      http://mlflow.lab:5000/#/" in text and "      http://127.0.0.1:5000/#/" in text
+    monkeypatch.setenv("PATH", str(tmp_path / "venv" / "bin"))
+    (tmp_path / "venv" / "bin" / "coda").chmod(0o755)
+    assert "  coda explain runs/a IMAGE" in closing(find_runs(["runs/a"], tmp_path))
 
 
 def test_an_experiment_and_a_sweep_name_their_runs(tmp_path):

@@ -1,0 +1,73 @@
+"""Training needs no compiler, no ninja, no home that can be written and no network, and says only what it should."""
+
+import os
+import stat
+import sys
+
+import pytest
+import yaml
+from bare import namespaces, run
+from output import STDERR, STDOUT, noise
+from recipes_for_tests import small_recipe
+
+pytestmark = pytest.mark.skipif(not namespaces(), reason="this machine allows no mount and network namespaces (`unshare --mount --net`)")
+CODA = [sys.executable, "-m", "pipeline"]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--nnodes=1",
+    "--nproc-per-node=2",
+    "--master-addr=127.0.0.1",
+    "--master-port=29517",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With a small recipe for a run in it."""
+    folder = tmp_path_factory.mktemp("bare")
+    metrics = {"final_metrics": ["accuracy", "completeness", "depth"], "grids": 2, "grid_size": 2}
+    recipe = small_recipe(folder, training__epochs=1, evaluation=metrics)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
+    return folder
+
+
+def test_the_machine_is_bare(folder):
+    tools = "for tool in ninja cc c++ gcc g++ as ld; do if command -v $tool; then exit 1; fi; done; ! touch $HOME/file"
+    found = run(["sh", "-c", tools], folder)
+    assert found.returncode == 0, found
+    assert run([sys.executable, "-c", "import socket; socket.create_connection(('192.0.2.1', 80), 5)"], folder).returncode == 1
+
+
+def test_one_process_trains_to_the_end(folder):
+    done = run([*CODA, "train", str(folder / "recipe.yaml")], folder)
+    assert done.returncode == 0, done.stderr
+    assert noise(done.stderr, STDERR) == [] and noise(done.stdout, STDOUT) == []
+    trained = folder / "runs" / "small"
+    for left in ("export/model.safetensors", "evaluation.json", "pictures/contributions.png", "run_id"):
+        assert (trained / left).is_file(), left
+    caches = folder / "tmp" / f"coda-{os.getuid()}"
+    assert stat.S_IMODE(caches.stat().st_mode) == 0o700
+    assert list(caches.glob("numba/*/*.nbi")) and list(caches.glob("matplotlib/fontlist*"))
+    assert not list(caches.glob("torch-extensions/*"))  # nothing was compiled
+
+
+def test_two_processes_train_to_the_end_without_a_home(folder):
+    command = [*TORCHRUN, "-m", "pipeline", "train", str(folder / "recipe.yaml"), "name=two"]
+    done = run(command, folder, HOME="/nonexistent")
+    assert done.returncode == 0, done.stderr
+    nameless = r"\[W\S+ .*socket.cpp:\d+\] \[c10d\] The hostname of the client socket cannot be retrieved. err=-\d+"  # no network, no names
+    assert noise(done.stderr, (*STDERR, nameless)) == [] and noise(done.stdout, STDOUT) == []
+    assert (folder / "runs" / "two" / "run_id").is_file() and not os.path.exists("/nonexistent")
+
+
+def test_a_machine_without_loopback_is_one_line(folder):
+    done = run([*CODA, "train", str(folder / "recipe.yaml"), "name=none"], folder, up=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("coda: address 127.0.0.1 of this machine: Network is unreachable")
+
+
+def test_the_doctor_finds_nothing_wrong(folder):
+    done = run([*CODA, "doctor", "--runs", str(folder / "runs")], folder)
+    assert done.returncode == 0, done.stdout + done.stderr
