@@ -1,6 +1,6 @@
 # `make demo` and `make test` do all of their own set-up where there is Python 3.11 or newer with venv.
 
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP := sh install/setup.sh $(VENV)
 export PYTHON WHEELHOUSE TORCH_INDEX

@@ -106,6 +106,9 @@ if ! works; then
     need_venv
     need_room
     say "virtual environment $venv with $("$python" -V); it takes about $gigabytes GB and 54,000 files"
+    # An earlier set-up left an empty file `ready`.
+    [ ! -e "$venv" ] || [ -f "$venv/made-by-setup" ] || [ -f "$venv/ready" ] ||
+        fail "$venv is there and was not made by this set-up: move it away, or choose another folder: make VENV=..."
     rm -rf "$venv"
     "$python" -m venv "$venv" || fail "$python cannot make a virtual environment in $venv (see above)"
     touch "$venv/made-by-setup"

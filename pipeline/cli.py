@@ -9,15 +9,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pipeline
 from pipeline.caches import use_local_caches
 from pipeline.errors import UserError, report
 from pipeline.shipped import find_recipe, listing
-
-if TYPE_CHECKING:
-    from pipeline.comparison import Compared
 
 RECIPE = "YAML file, or the name of a ready-made recipe: see `coda recipes`"
 EXIT_USER_ERROR = 2
@@ -265,12 +261,11 @@ def _explain(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     import webbrowser
 
-    from pipeline.comparison import find_runs, mlflow_views, report, table
+    from pipeline.comparison import closing, find_runs, mlflow_views, report
 
     runs = find_runs(options.names, options.runs)
     page = report(runs, options.output or runs[0].folder.resolve().parent)
-    print(f"{table(runs)}\n\nReport: {page} and {page.with_suffix('.png').name}")
-    _show_views(runs)
+    print(closing(runs, page))
     if options.open:
         served = [address for address, command in mlflow_views(runs) if not command]
         for address in served or [page.resolve().as_uri()]:
@@ -278,21 +273,9 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _show_run(folder: Path) -> None:
-    from pipeline.comparison import find_runs, pictures, table
+    from pipeline.comparison import closing, find_runs
 
-    runs = find_runs([str(folder)], folder.parent)
-    print(f"{table(runs)}\n\n{pictures(runs)}")
-    _show_views(runs)
-
-
-def _show_views(runs: "list[Compared]") -> None:
-    from pipeline.comparison import mlflow_views
-
-    for address, command in mlflow_views(runs):
-        print(f"\nCharts in MLflow{f', after `{command}`' if command else ''}:\n  {address}")
-    for run in runs:
-        if (run.folder / "journal.jsonl").is_file() and not (run.folder / "run_id").is_file():
-            print(f"\n{run.folder} is not in MLflow yet: coda sync {run.folder}")
+    print(closing(find_runs([str(folder)], folder.parent)))
 
 
 def _models(options: argparse.Namespace) -> None:

@@ -6,7 +6,6 @@ Nothing here was measured on a GPU.
 
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from pipeline.caches import use_local_caches
 from pipeline.files import write_atomically
 from pipeline.models.work import Kind, Operation, trace
 
@@ -116,7 +116,7 @@ MAP_BYTES = (2**16, 2**20, 2**22, 2**23, 2**24, 30 * 2**20, 36 * 2**20, 2**27)  
 
 def cpu_profile(folder: Path | None = None) -> CPUProfile:
     """The profile of this machine with the present number of threads: measured in some seconds, and kept in ``folder``."""
-    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coda"
+    folder = folder or use_local_caches()
     about = f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     path = folder / f"cpu-{hashlib.sha256(about.encode()).hexdigest()[:12]}.json"
     if path.exists():

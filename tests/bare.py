@@ -25,7 +25,7 @@ TOOLS = (
     "nvcc",
 )
 COMPILERS = ("/usr/lib/gcc", "/usr/libexec/gcc")  # cc1 and the like
-LIBRARIES = ("libopencv_*", "libturbojpeg*")
+LIBRARIES = ("libgomp*", "libopencv_*", "libturbojpeg*")
 LOOPBACK_UP = "import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh', b'lo', 0x41))"
 SCRIPT = """set -e
 for file in $HIDDEN; do mount --bind /dev/null "$file"; done

@@ -17,8 +17,6 @@ STDOUT = (
     r"Localisation: mean share in the right cell of \dx\d grids, chance \d.\d+\.",
     r"Pictures:",
     r"  \S+\.(png|html)",
-    r"Report: \S+ and comparison\.png",
-    r"Charts in MLflow, after `coda serve.*`:",
     r"Next:",
     r"  \S*coda (explain|serve|sync).*",
     r"      \w.*",

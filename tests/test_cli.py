@@ -197,7 +197,7 @@ def test_the_whole_way(recipe_file, prepared, tmp_path, capsys):
     )
     assert main(["train", path]) == 0
     table = capsys.readouterr().out
-    assert "after `coda serve --backend-store-uri sqlite:///" in table and "compareRunsMode=CHART" in table
+    assert " serve --backend-store-uri sqlite:///" in table and "compareRunsMode=CHART" in table
     run = str(tmp_path / "runs" / "small")
     evaluation = (tmp_path / "runs" / "small" / "evaluation.json").read_text()
     assert main(["export", run]) == 0

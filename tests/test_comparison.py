@@ -118,4 +118,4 @@ def test_the_command_opens_what_it_prints(tmp_path, monkeypatch, capsys):
     assert len(opened) == 1 and opened[0].startswith("http://mlflow.lab:5000/#/") and opened[0] in capsys.readouterr().out
     assert main(["compare", str(tmp_path / "b"), "--open", "--output", str(tmp_path / "out")]) == 0
     assert opened[1:] == [(tmp_path / "out" / "comparison.html").as_uri()]
-    assert "after `coda serve --backend-store-uri sqlite:///" in capsys.readouterr().out
+    assert " serve --backend-store-uri sqlite:///" in capsys.readouterr().out

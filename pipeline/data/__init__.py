@@ -1,6 +1,9 @@
 """Data: sources (images and labels) -> .beton files with a manifest -> batches. The only package that imports FFCV."""
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import torch
 
@@ -15,6 +18,33 @@ config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
 if not config.CACHE_DIR:  # type: ignore[attr-defined]  # somebody has imported numba before
     config.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"]  # type: ignore[attr-defined]
 
+
+def _load_openmp() -> None:
+    """Load numba's OpenMP layer where the system has no libgomp.so.1.0.0: with torch's, which is loaded as libgomp.so.1.
+
+    A copy of the layer that asks for that name is made among the caches. Where torch brings none either, numba itself says what it lacks.
+    """
+    name = "numba.np.ufunc.omppool"
+    try:
+        __import__(name)
+    except ImportError:
+        if (spec := importlib.util.find_spec(name)) is None or not spec.origin:
+            return
+        copy = Path(config.CACHE_DIR) / Path(spec.origin).name  # type: ignore[attr-defined]
+        part = copy.with_name(f".{copy.name}.{os.getpid()}")
+        part.write_bytes(Path(spec.origin).read_bytes().replace(b"libgomp.so.1.0.0\0", b"libgomp.so.1\0\0\0\0\0"))
+        part.replace(copy)  # other processes may do the same now
+        changed = importlib.util.spec_from_file_location(name, copy)
+        assert changed and changed.loader
+        try:
+            module = importlib.util.module_from_spec(changed)
+        except ImportError:
+            return
+        changed.loader.exec_module(module)
+        sys.modules[name] = module
+
+
+_load_openmp()
 _threads = torch.get_num_threads()
 import ffcv  # noqa: E402, F401
 

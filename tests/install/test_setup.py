@@ -126,6 +126,13 @@ def test_environment_that_is_not_ready_is_seen(tmp_path, damage):
     refused(run_setup(tmp_path, "--if-needed", **stop), "/nowhere/python is missing")
 
 
+def test_environment_of_somebody_else_is_left_alone(tmp_path):
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "mine").touch()
+    refused(run_setup(tmp_path, programs={"python3": PYTHON}), ".venv is there and was not made by this set-up", "make VENV=")
+    assert (tmp_path / ".venv" / "mine").exists()
+
+
 def test_pip_learns_name_and_version_of_an_archive_without_running_it(tmp_path):
     (tmp_path / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: some-thing\nVersion: 1.2\n\nText\n")
     (tmp_path / "setup.py").write_text("raise SystemExit('was run')\n")
