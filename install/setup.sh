@@ -52,6 +52,7 @@ make PYTHON=/path/to/python3.11 ..."
 }
 
 need_room() {
+    mkdir -p "$(dirname "$venv")" || fail "$(dirname "$venv") cannot be made (see above)"
     free=$(df -Pk "$(dirname "$venv")" | awk 'NR == 2 { print $4 }')
     enough=$(awk -v free="$free" -v need="$gigabytes" 'BEGIN { print (free >= need * 1e6) }')
     [ "$enough" = 1 ] || fail "$(dirname "$venv") has $((free / 1000000)) GB free, fewer than the $gigabytes that the environment needs; PyTorch for processors \

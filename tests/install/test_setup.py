@@ -20,7 +20,7 @@ def run_setup(folder: Path, *words: str, programs: dict[str, str] | None = None,
     shutil.copytree(ROOT / "install", folder / "install", dirs_exist_ok=True)
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
-    for name in ("sh", "dirname", "awk", "df", "cat", "cksum", "grep", "id", "rm", "touch", "tail", "env", "sed", "uname"):
+    for name in ("sh", "dirname", "awk", "df", "cat", "cksum", "grep", "id", "rm", "touch", "tail", "env", "sed", "uname", "mkdir"):
         (tools / name).unlink(missing_ok=True)
         (tools / name).symlink_to(str(shutil.which(name)))
     for name, text in (programs or {}).items():
