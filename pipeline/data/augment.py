@@ -10,7 +10,6 @@ from collections.abc import Callable
 import numpy as np
 
 from pipeline.images import CENTRE_SHARE
-from pipeline.images import training_size as training_size  # one of these functions, for whoever needs no FFCV, too
 
 CROP_AREA = (0.08, 1.0)  # share of the stored image's area
 CROP_ASPECT = (3 / 4, 4 / 3)  # width / height

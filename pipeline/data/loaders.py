@@ -14,6 +14,7 @@ from pipeline.data.manifest import Manifest, open_manifest
 from pipeline.data.storage import readable_file
 from pipeline.distributed import World
 from pipeline.errors import UserError
+from pipeline.images import training_size
 from pipeline.recipe import Recipe
 
 
@@ -90,7 +91,7 @@ class _Augmentation:
         return self.recipe.data.mixup_alpha > 0 or self.recipe.data.cutmix_alpha > 0
 
     def size(self, epoch: int) -> int:
-        return augment.training_size(self.recipe.data, epoch, self.recipe.training.epochs)
+        return training_size(self.recipe.data, epoch, self.recipe.training.epochs)
 
     def boxes(self, heights: np.ndarray, widths: np.ndarray, epoch: int, samples: np.ndarray) -> np.ndarray:
         if self.manifest.fixed_size:

@@ -24,10 +24,11 @@ from small_data import recipe, write_images
 from pipeline.data.journal import Journal
 from pipeline.data.manifest import open_manifest
 from pipeline.data.sources import open_source
-from pipeline.data.sources.images import decode, fit
+from pipeline.data.sources.images import fit
 from pipeline.data.verify import verify
 from pipeline.data.write import prepare
 from pipeline.errors import UserError
+from pipeline.images import decode
 
 SECONDS = 60  # for one file, on a machine that may be busy
 Kind = tuple[list[bytes], Callable[[bytes, bool], str]]  # files, and what reads one of them; the second argument: whether it is a mutant

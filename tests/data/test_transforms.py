@@ -14,6 +14,7 @@ from pipeline.data.loaders import eval_loader, train_loader
 from pipeline.data.transforms import color_jitter, mix, rand_augment, random_erasing
 from pipeline.distributed import World
 from pipeline.errors import UserError
+from pipeline.images import training_size
 
 EVERYTHING = {
     "flip": True,
@@ -161,7 +162,7 @@ def test_resolution_rises_without_compiling_again(photos, make_recipe):
     first = read(loader, 0)
     compiled = len(_decode.signatures)
     sizes = [read(loader, epoch)[0].images.shape[-1] for epoch in range(5)]
-    assert sizes == [16, 24, 32, 40, 48] == [augment.training_size(recipe.data, epoch, 5) for epoch in range(5)]
+    assert sizes == [16, 24, 32, 40, 48] == [training_size(recipe.data, epoch, 5) for epoch in range(5)]
     assert torch.equal(read(loader, 0)[0].images, first[0].images)
     assert read(eval_loader(recipe, World(), 4))[0].images.shape == (4, 3, 64, 64)
     assert len(_decode.signatures) == compiled

@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.data.sources.images import read_file
 from pipeline.data.sources.split import FileSplit, Split, TarSplit
 from pipeline.errors import UserError
+from pipeline.images import read_file
 
 Extent = tuple[int, int]  # offset and length in bytes
 

@@ -5,10 +5,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from pipeline.images import FORMATS, decode, is_image, read_file, to_rgb
 from pipeline.recipe import DataRecipe
-
-__all__ = ["FORMATS", "decode", "fit", "is_image", "largest_bytes", "read_file", "stored_side", "to_rgb"]
 
 STORED_MARGIN = 256 / 224  # stored shorter side / image size, for images that are cropped when they are loaded
 MAX_ASPECT = 2  # the longer side of such an image is centre-cropped to this multiple of the shorter one

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.data.sources.images import decode, read_file
+from pipeline.images import decode, read_file
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 from tqdm import tqdm
 
 from pipeline.data.sources.folders import class_folders
-from pipeline.data.sources.images import to_rgb
 from pipeline.data.sources.split import ArraySplit, Split
 from pipeline.errors import UserError
+from pipeline.images import to_rgb
 from pipeline.recipe import DataRecipe
 
 PREFIX = "torchvision."
