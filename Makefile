@@ -1,4 +1,4 @@
-# `make demo` and `make test` do all of their own set-up where there is Python 3.11 or newer with venv.
+# `make demo` and `make test` do their own set-up where there is Python 3.11 or newer with venv.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,16 +8,16 @@ export PYTHON WHEELHOUSE TORCH_INDEX
 .PHONY: help demo test fresh faults fuzz setup ready wheelhouse clean
 
 help:
-	@echo "make demo        train a hybrid CoDA ResNet and the plain ResNet it came from, and compare them"
+	@echo "make demo        train a hybrid CoDA ResNet and the ResNet it came from, and compare them"
 	@echo "make test        lint, type-check and run the test-suite"
-	@echo "make setup       the virtual environment $(VENV), 6.9 GB (both commands do this by themselves)"
+	@echo "make setup       the environment $(VENV), 6.9 GB (both commands do this by themselves)"
 	@echo "                 PYTHON=...       another interpreter"
-	@echo "                 TORCH_INDEX=https://download.pytorch.org/whl/cpu   PyTorch for processors only, less than half of the disk"
 	@echo "                 WHEELHOUSE=...   install from that folder, without network"
-	@echo "make wheelhouse  fill the folder WHEELHOUSE (wheelhouse) for a machine without network"
-	@echo "make fresh       set-up, doctor, training and tests in bare root file systems of Debian 12 and 13: root and debootstrap, an hour"
-	@echo "make faults      strike a training under a local Slurm 60 times: root, slurm-wlm and munge, over an hour"
-	@echo "make fuzz        prepare and verify 2,000 mutated files (images, tars, .beton, manifests): some minutes"
+	@echo "                 TORCH_INDEX=https://download.pytorch.org/whl/cpu   no GPU, less disk"
+	@echo "make wheelhouse  fill the folder WHEELHOUSE (wheelhouse) for machines without network"
+	@echo "make fresh       set-up and use in bare root file systems: root, debootstrap, an hour"
+	@echo "make faults      strike a training under a local Slurm 60 times: root, slurm-wlm, munge"
+	@echo "make fuzz        prepare and verify 2,000 mutated images, tars, .beton and manifests"
 
 demo: ready
 	@$(BIN)/coda train recipes/digits_resnet20.yaml
@@ -45,7 +45,8 @@ setup:
 ready:
 	@$(SETUP) --if-needed
 
-wheelhouse: ready
+wheelhouse:
+	@WHEELHOUSE= $(SETUP) --if-needed
 	@sh install/wheelhouse.sh $(VENV) $(or $(WHEELHOUSE),wheelhouse)
 
 clean:

@@ -1,10 +1,12 @@
-"""Build FFCV as a wheel that needs nothing of the system: ``python build_ffcv.py FOLDER`` prints the path of the wheel.
+"""Build FFCV as a wheel that needs nothing of the system: ``python build_ffcv.py FOLDER``.
 
-FFCV's sources compile against OpenCV and libjpeg-turbo of the system, of which they use one function and one decoder. Here both are
-compiled from sources and become part of FFCV's library, with Zig's C and C++ compiler, for glibc 2.17 and newer and for every Python 3.
-Sources and tools come through pip, so that mirrors, proxies and wheelhouses serve as for everything else; no compiler, header, root or
-writable home is needed. On other processors than x86-64 and 64-bit ARM, or with ``--system``, the system's compiler and its OpenCV and
-libjpeg-turbo are used, as pkg-config finds them, and the library remembers where they are.
+FFCV's sources compile against OpenCV and libjpeg-turbo of the system, of which they use one
+function and one decoder. Here both are compiled from sources and become part of FFCV's library,
+with Zig's C and C++ compiler, for glibc 2.17 and newer and for every Python 3. Sources and tools
+come through pip, so that mirrors, proxies and wheelhouses serve as for everything else; no
+compiler, header, root or writable home is needed. On other processors than x86-64 and 64-bit ARM,
+or with ``--system``, the system's compiler, OpenCV and libjpeg-turbo are used, as pkg-config finds
+them, and the library remembers where they are. Prints the path of the wheel.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -23,33 +26,37 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 TARGETS = {"x86_64": "x86_64-linux-gnu.2.17", "aarch64": "aarch64-linux-gnu.2.17"}
 LIBRARIES = ("opencv4", "libturbojpeg")  # pkg-config's names
-NEEDED = {  # of each source archive: prefix of what is unpacked
-    "ffcv": ("ffcv/", "libffcv/", "ffcv.egg-info/requires.txt", "LICENSE", "PKG-INFO"),
-    "opencv-python-headless": (
-        *(f"opencv/{name}" for name in ("CMakeLists.txt", "LICENSE", "cmake/", "include/", "data/", "samples/CMakeLists.txt")),
-        *(f"opencv/{name}" for name in ("modules/core/", "modules/imgproc/", "modules/CMakeLists.txt", "modules/world/")),
-        *(f"opencv/{name}" for name in ("3rdparty/zlib/", "platforms/", "apps/CMakeLists.txt", "doc/CMakeLists.txt")),
-    ),
-    "simplejpeg": ("lib/",),
+NEEDED = {  # of each source archive: how the names of what is unpacked begin
+    "ffcv": "ffcv/ libffcv/ ffcv.egg-info/requires.txt LICENSE PKG-INFO".split(),
+    "simplejpeg": ["lib/"],
+    "opencv-python-headless": [
+        *(f"opencv/{name}" for name in "CMakeLists.txt LICENSE cmake/ include/ data/".split()),
+        *(f"opencv/modules/{name}" for name in "core/ imgproc/ world/ CMakeLists.txt".split()),
+        *(f"opencv/{name}/CMakeLists.txt" for name in "samples apps doc".split()),
+        *("opencv/3rdparty/zlib/", "opencv/platforms/"),
+    ],
 }
-COMMON = ("-G", "Ninja", "-Wno-dev", "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_POSITION_INDEPENDENT_CODE=ON")
-# Nothing is linked while CMake looks around: Zig would first compile all of the C++ library for that, without optimisation.
-COMMON += ("-DCMAKE_TRY_COMPILE_TARGET_TYPE=STATIC_LIBRARY",)
-JPEG = ("-DENABLE_SHARED=OFF", "-DREQUIRE_SIMD=ON")
-# No OpenCV threads: FFCV decodes one image in each of its own. No code by processor type: resizing to the mean of an area gains nothing.
-OPENCV_OFF = (
-    *(f"-DWITH_{name}=OFF" for name in ("IPP", "OPENCL", "ITT", "LAPACK", "EIGEN", "ADE", "QUIRC", "PROTOBUF", "PTHREADS_PF")),
-    *(f"-DWITH_{name}=OFF" for name in ("JASPER", "JPEG", "OPENEXR", "OPENJPEG", "PNG", "TIFF", "WEBP")),
-    *(f"-D{name}=OFF" for name in ("BUILD_SHARED_LIBS", "BUILD_TESTS", "BUILD_PERF_TESTS", "BUILD_opencv_apps", "CV_TRACE")),
-)
-OPENCV = ("-DBUILD_LIST=core,imgproc", "-DBUILD_ZLIB=ON", "-DCPU_DISPATCH=", *OPENCV_OFF)
-# The files of OpenCV 4.6.0 from which cv::resize is linked; all of its two modules would take ten times as long.
-CORE = (
-    *("alloc", "buffer_area", "check", "convert.dispatch", "convert_scale.dispatch", "copy", "glob", "logger", "matrix"),
-    *("matrix_iterator", "matrix_wrap", "parallel", "parallel/parallel", "rand", "softfloat", "system", "trace", "umatrix"),
-    *(f"utils/{name}" for name in ("datafile", "filesystem", "logtagconfigparser", "logtagmanager")),
-)
-IMGPROC = {"x86_64": ("resize", "resize.sse4_1"), "aarch64": ("resize",)}
+COMMON = ["-G", "Ninja", "-Wno-dev", "-DCMAKE_BUILD_TYPE=Release"]
+COMMON += ["-DCMAKE_POSITION_INDEPENDENT_CODE=ON"]
+# Nothing is linked while CMake looks around: Zig would first compile all of the C++ library for it.
+COMMON += ["-DCMAKE_TRY_COMPILE_TARGET_TYPE=STATIC_LIBRARY"]
+YASM = ["-DBUILD_SHARED_LIBS=OFF", "-DYASM_BUILD_TESTS=OFF"]
+JPEG = ["-DENABLE_SHARED=OFF", "-DREQUIRE_SIMD=ON"]
+# No threads of OpenCV's: FFCV resizes one image in each of its own. No code by processor type
+# (CPU_DISPATCH): the mean of an area gains nothing from it.
+WITHOUT = "IPP OPENCL ITT LAPACK EIGEN ADE QUIRC PROTOBUF PTHREADS_PF".split()
+WITHOUT += "JASPER JPEG OPENEXR OPENJPEG PNG TIFF WEBP".split()
+OFF = "BUILD_SHARED_LIBS BUILD_TESTS BUILD_PERF_TESTS BUILD_opencv_apps CV_TRACE".split()
+OPENCV = ["-DBUILD_LIST=core,imgproc", "-DBUILD_ZLIB=ON", "-DCPU_DISPATCH="]
+OPENCV += [*(f"-DWITH_{name}=OFF" for name in WITHOUT), *(f"-D{name}=OFF" for name in OFF)]
+# The files of OpenCV 4.6.0 from which cv::resize is linked: a seventh of its two modules.
+CORE = "alloc buffer_area check convert.dispatch convert_scale.dispatch copy glob logger".split()
+CORE += "matrix matrix_iterator matrix_wrap parallel parallel/parallel rand softfloat".split()
+CORE += "system trace umatrix utils/datafile utils/filesystem".split()
+CORE += "utils/logtagconfigparser utils/logtagmanager".split()
+MODULES = ("core", "imgproc")
+ARCHIVERS = ("ar", "ranlib")
+IMGPROC = {"x86_64": ["resize", "resize.sse4_1"], "aarch64": ["resize"]}
 
 
 class Failure(Exception):
@@ -58,17 +65,19 @@ class Failure(Exception):
 
 def main() -> int:
     """Build unless the wheel is there, and print its path."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="Build FFCV as a wheel.")
     parser.add_argument("folder", type=Path, help="where the wheel goes")
-    parser.add_argument("--system", action="store_true", help="compile against the system's OpenCV and libjpeg-turbo")
+    parser.add_argument("--system", action="store_true", help="with the system's libraries")
     options = parser.parse_args()
     machine = platform.machine()
     system = options.system or machine not in TARGETS
     tag = f"py3-none-{'linux' if system else 'manylinux_2_17'}_{machine}"
     options.folder.mkdir(parents=True, exist_ok=True)
-    if found := sorted(options.folder.glob(f"ffcv-*-{tag}.whl")):
-        print(found[-1])
+    for found in options.folder.glob(f"ffcv-*-{tag}.whl"):
+        print(found)
         return 0
+    # so that the temporary folder goes when set-up is interrupted
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with tempfile.TemporaryDirectory(prefix="coda-ffcv-") as folder:
             print(Build(Path(folder), system).wheel(tag, options.folder))
@@ -83,194 +92,193 @@ class Build:
 
     def __init__(self, folder: Path, system: bool) -> None:
         self.folder, self.system, self.start = folder, system, time.monotonic()
-        self.python = folder / "tools" / "bin" / "python"
-        self.target = TARGETS.get(platform.machine(), "")
+        self.programs = folder / "tools" / "bin"
+        self.python = self.programs / "python"
+        self.ffcv = folder / "ffcv"
+        self.opencv = folder / "opencv-python-headless" / "opencv"
         self.environment = {
             **os.environ,
-            "PATH": f"{self.python.parent}:{os.environ.get('PATH', os.defpath)}",
+            "PATH": f"{self.programs}:{os.environ.get('PATH', os.defpath)}",
             "ZIG_GLOBAL_CACHE_DIR": str(folder / "zig"),
             "ZIG_LOCAL_CACHE_DIR": str(folder / "zig"),
-            "HOME": str(folder),
+            **dict.fromkeys(("HOME", "TMPDIR"), str(folder)),
         }
 
     def wheel(self, tag: str, destination: Path) -> Path:
-        """Everything, from the download on; returns the path of the wheel in ``destination``."""
-        self.tools()
-        self.sources()
-        content = self.folder / "wheel"
-        shutil.copytree(self.folder / "ffcv" / "ffcv", content / "ffcv")
-        library = content / "ffcv" / "_libffcv.so"
-        source = self.library_source()
-        if self.system:
-            self.link_to_system(source, library)
-        else:
-            self.link_statically(source, library)
+        """Everything, from the download on; returns the wheel's path in ``destination``."""
+        self.download_tools()
+        self.download_sources()
+        content, out = self.folder / "wheel", self.folder / "out"
+        shutil.copytree(self.ffcv / "ffcv", content / "ffcv")
+        link = self.link_to_system if self.system else self.link_statically
+        link(self.library_source(), content / "ffcv" / "_libffcv.so")
         replace(
             content / "ffcv" / "libffcv.py",
             ("import ffcv._libffcv\n", "from pathlib import Path\n"),
-            ("CDLL(ffcv._libffcv.__file__)", 'CDLL(str(Path(__file__).with_name("_libffcv.so")))'),
+            ("ffcv._libffcv.__file__", 'str(Path(__file__).with_name("_libffcv.so"))'),
         )
         self.describe(content, tag)
-        (self.folder / "out").mkdir()
-        self.run("packing", self.python, "-m", "wheel", "pack", content, "--dest-dir", self.folder / "out")
-        (made,) = (self.folder / "out").glob("*.whl")
+        out.mkdir()
+        self.run("packing", [self.python, "-m", "wheel", "pack", content, "--dest-dir", out])
+        (made,) = out.glob("*.whl")
         part = destination / f".{made.name}.part"
         shutil.copyfile(made, part)
         return part.rename(destination / made.name)
 
-    def tools(self) -> None:
+    def download_tools(self) -> None:
         """CMake, Ninja and Zig in an environment of their own."""
         venv.create(self.folder / "tools", with_pip=False, symlinks=True)
-        words = ("wheel", "-c") if self.system else ("-r",)
-        self.pip("downloading tools", "--python", self.python, "install", *words, HERE / "ffcv_tools.txt")
+        wanted = ["wheel", "-c"] if self.system else ["-r"]
+        words = ["--python", self.python, "install", *wanted, HERE / "ffcv_tools.txt"]
+        self.pip("downloading tools", words)
         if self.system:
             return
-        for name, command in (("zig-cc", "cc"), ("zig-c++", "c++")):
-            script = self.python.with_name(name)
-            # Only the last link needs the C++ library, which Zig compiles first; CMake links to see how the compiler is called.
-            script.write_text(
-                "#!/bin/sh\n"
-                'case " $* " in *" -c "* | *" -E "*) ;; *) set -- -nostdlib++ "$@" ;; esac\n'
-                f'exec {shlex.join(map(str, self.zig(command)))} "$@"\n'
-            )
+        # Only the last link needs the C++ library, which Zig compiles first;
+        # CMake links to see how the compiler is called.
+        lean = 'case " $* " in *" -c "* | *" -E "*) ;; *) set -- -nostdlib++ "$@" ;; esac\n'
+        for name, first in (("cc", lean), ("c++", lean), ("ar", ""), ("ranlib", "")):
+            script = self.programs / f"zig-{name}"
+            command = shlex.join(map(str, self.zig(name)))
+            script.write_text(f'#!/bin/sh\n{first}exec {command} "$@"\n')
             script.chmod(0o755)
-        for name in ("ar", "ranlib"):
-            script = self.python.with_name(f"zig-{name}")
-            script.write_text(f"#!/bin/sh\nexec '{self.python}' -m ziglang {name} \"$@\"\n")
-            script.chmod(0o755)
-        self.environment |= {"CC": str(self.python.with_name("zig-cc")), "CXX": str(self.python.with_name("zig-c++"))}
+        self.environment["CC"] = str(self.programs / "zig-cc")
+        self.environment["CXX"] = str(self.programs / "zig-c++")
 
-    def zig(self, command: str) -> list[object]:
-        """Words that call Zig's ``cc`` or ``c++`` for the target; yasm states the date on which it was compiled."""
-        return [self.python, "-m", "ziglang", command, "-target", self.target, "-Wno-error=date-time"]
+    def zig(self, name: str) -> list[object]:
+        """Words that call one of Zig's programs: cc and c++ for the target, ar, ranlib."""
+        words: list[object] = [self.python, "-m", "ziglang", name]
+        if name in ("cc", "c++"):
+            # yasm states the date on which it was compiled
+            words += ["-target", TARGETS[platform.machine()], "-Wno-error=date-time"]
+        return words
 
-    def sources(self) -> None:
+    def download_sources(self) -> None:
         """Download, check and unpack the source archives."""
-        archives = self.folder / "archives"
-        environment = {"PYTHONPATH": str(HERE / "metadata_only")}
-        wanted = self.folder / "sources.txt"
+        archives, wanted = self.folder / "archives", self.folder / "sources.txt"
         lines = (HERE / "ffcv_sources.txt").read_text().splitlines(keepends=True)
-        wanted.write_text("".join(line for line in lines if not self.system or line.startswith("ffcv")))
-        words = (
-            "download",
-            "--dest",
-            archives,
-            "--no-deps",
-            "--no-binary",
-            ":all:",
-            "--no-build-isolation",
-            "--use-pep517",
-            "--require-hashes",
-        )
-        self.pip("downloading sources", *words, "-r", wanted, **environment)
+        chosen = [line for line in lines if not self.system or line.startswith("ffcv")]
+        wanted.write_text("".join(chosen))
+        words = ["download", "--dest", archives, "--no-deps", "--no-binary", ":all:"]
+        words += ["--no-build-isolation", "--require-hashes", "-r", wanted]
+        # Old versions of pip would call setup.py; in new ones nothing has the variable's name.
+        variables = {"PIP_USE_PEP517": "1", "PYTHONPATH": str(HERE / "metadata_only")}
+        self.pip("downloading sources", words, **variables)
         for path in sorted(archives.iterdir()):
             name = path.name.rsplit("-", 1)[0]
             with tarfile.open(path) as archive:
                 for member in archive:
                     inside = member.name.partition("/")[2]
-                    if member.isfile() and inside.startswith(NEEDED[name]):
+                    content = archive.extractfile(member)
+                    if content and inside.startswith(tuple(NEEDED[name])):
                         target = self.folder / name / inside
                         target.parent.mkdir(parents=True, exist_ok=True)
-                        with archive.extractfile(member) as content, target.open("wb") as file:  # type: ignore[union-attr]
-                            shutil.copyfileobj(content, file)
+                        target.write_bytes(content.read())
 
     def library_source(self) -> Path:
-        """FFCV's C++ file without the empty Python module around it, and with the two headers of OpenCV that it needs."""
-        path = self.folder / "ffcv" / "libffcv" / "libffcv.cpp"
-        replace(
-            path,
-            ("#include <Python.h>\n", ""),
-            ("#include <opencv2/opencv.hpp>\n", "#include <opencv2/core.hpp>\n#include <opencv2/imgproc.hpp>\n"),
-        )
+        """FFCV's C++ file without the empty Python module around it, and with fewer headers."""
+        path = self.ffcv / "libffcv" / "libffcv.cpp"
+        needed = "#include <opencv2/core.hpp>\n#include <opencv2/imgproc.hpp>\n"
+        replace(path, ("#include <Python.h>\n", ""), ("#include <opencv2/opencv.hpp>\n", needed))
         text = path.read_text()
         path.write_text(text[: text.index("    static PyMethodDef")] + "}\n")
         return path
 
     def link_statically(self, source: Path, library: Path) -> None:
-        """Compile the assembler, libjpeg-turbo, two modules of OpenCV, and FFCV's library from all of them."""
+        """Compile libjpeg-turbo, its assembler and part of OpenCV; link FFCV's library of them."""
         (jpeg_source,) = (self.folder / "simplejpeg" / "lib").glob("libjpeg-turbo-*")
         (yasm_source,) = (self.folder / "simplejpeg" / "lib").glob("yasm-*")
         assembler, baseline = [], []
         if platform.machine() == "x86_64":
-            yasm = self.cmake("yasm", yasm_source, "yasm", settings=("-DBUILD_SHARED_LIBS=OFF", "-DYASM_BUILD_TESTS=OFF"))
+            yasm = self.cmake("yasm", yasm_source, ["yasm"], YASM)
             assembler = [f"-DCMAKE_ASM_NASM_COMPILER={yasm / 'yasm'}"]
             baseline = ["-DCPU_BASELINE=SSE4_2"]
-        jpeg = self.cmake("libjpeg-turbo", jpeg_source, "turbojpeg-static", settings=(*JPEG, *assembler))
-        opencv_source = self.folder / "opencv-python-headless" / "opencv"
-        opencv, objects = self.opencv(opencv_source, *baseline)
-        headers = [opencv, jpeg_source, *(opencv_source / "modules" / module / "include" for module in ("core", "imgproc"))]
+        jpeg = self.cmake("libjpeg-turbo", jpeg_source, ["turbojpeg-static"], [*JPEG, *assembler])
+        opencv, objects = self.compile_opencv(baseline)
         exports = self.folder / "exports"
         exports.write_text("{ global: resize; my_memcpy; my_fread; imdecode; local: *; };\n")
-        words = ["-O3", "-fPIC", "-shared", "-s", "-Wl,-z,defs", "-Wl,--gc-sections", f"-Wl,--version-script={exports}"]
-        words += [*(f"-I{folder}" for folder in headers), source, *objects, jpeg / "libturbojpeg.a", "-lpthread", "-ldl"]
-        self.run("linking", *self.zig("c++"), *words, "-o", library)
+        modules = [self.opencv / "modules" / name / "include" for name in MODULES]
+        words = [*self.zig("c++"), "-O3", "-fPIC", "-shared", "-s", "-Wl,-z,defs"]
+        words += ["-Wl,--gc-sections", f"-Wl,--version-script={exports}"]
+        words += [f"-I{folder}" for folder in (opencv, jpeg_source, *modules)]
+        words += [source, *objects, jpeg / "libturbojpeg.a", "-lpthread", "-ldl", "-o", library]
+        self.run("linking", words)
 
-    def opencv(self, source: Path, *settings: str) -> tuple[Path, list[Path]]:
-        """Compile the needed files of OpenCV; returns the build folder, where its made headers are, and the object files."""
-        core, imgproc = (f"modules/{name}/CMakeFiles/opencv_{name}.dir/src" for name in ("core", "imgproc"))
+    def compile_opencv(self, settings: list[str]) -> tuple[Path, list[Path]]:
+        """The needed files of OpenCV: the build folder, with headers made there, and objects."""
+        core, imgproc = (f"modules/{name}/CMakeFiles/opencv_{name}.dir/src" for name in MODULES)
         of_core = [f"{core}/{name}.cpp.o" for name in CORE]
         of_imgproc = [f"{imgproc}/{name}.cpp.o" for name in IMGPROC[platform.machine()]]
-        build = self.cmake("opencv", source, *of_core, settings=(*OPENCV, *settings))
-        # Ninja would compile all of the core before these, and make this header, of which no more is left without OpenCL.
-        (build / "modules" / "imgproc").mkdir(parents=True, exist_ok=True)
-        (build / "modules" / "imgproc" / "opencl_kernels_imgproc.hpp").write_text('#include "opencv2/core/opencl/ocl_defs.hpp"\n')
+        build = self.cmake("opencv", self.opencv, of_core, [*OPENCV, *settings])
+        # Ninja would compile all of the core before these, and make this header, of which no more
+        # is left without OpenCL.
+        header = build / "modules" / "imgproc" / "opencl_kernels_imgproc.hpp"
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text('#include "opencv2/core/opencl/ocl_defs.hpp"\n')
         for name in of_imgproc:
-            commands = self.run(f"compiling {name.rpartition('/')[2]}", "ninja", "-C", build, "-t", "commands", name)
             (build / name).parent.mkdir(parents=True, exist_ok=True)
-            self.run(f"compiling {name.rpartition('/')[2]}", "sh", "-c", f"cd '{build}' && {commands.splitlines()[-1]}")
+            question = ["ninja", "-C", build, "-t", "commands", name]
+            command = self.run("asking for a command", question).splitlines()[-1]
+            self.run(f"compiling {Path(name).name}", ["sh", "-c", f"cd '{build}' && {command}"])
         return build, [build / name for name in (*of_core, *of_imgproc)]
 
     def link_to_system(self, source: Path, library: Path) -> None:
-        """Compile FFCV's library against what pkg-config knows, with the folders of those libraries in its search path."""
-        found = {}
-        for question in ("--cflags", "--libs-only-L", "--variable=libdir"):
-            answers = [self.run("looking for libraries", "pkg-config", question, name) for name in LIBRARIES]
-            found[question] = shlex.split(" ".join(answers))
-        folders = [f"-Wl,-rpath,{folder}" for folder in dict.fromkeys(found["--variable=libdir"])]
-        words = [*shlex.split(os.environ.get("CXX", "c++")), "-O3", "-fPIC", "-shared", *found["--cflags"], source]
-        words += [*found["--libs-only-L"], *folders, "-lopencv_imgproc", "-lopencv_core", "-lturbojpeg", "-lpthread"]
-        self.run("linking", *words, "-o", library)
+        """Link FFCV's library to those that pkg-config knows; it remembers their folders."""
+        words: list[object] = [*shlex.split(os.environ.get("CXX", "c++")), "-O3", "-fPIC"]
+        words += ["-shared", *self.pkg_config("--cflags"), source]
+        words += self.pkg_config("--libs-only-L")
+        words += [f"-Wl,-rpath,{folder}" for folder in self.pkg_config("--variable=libdir")]
+        words += ["-lopencv_imgproc", "-lopencv_core", "-lturbojpeg", "-lpthread", "-o", library]
+        self.run("linking", words)
+
+    def pkg_config(self, question: str) -> list[str]:
+        """Its answers for both libraries, each once."""
+        asked = (["pkg-config", question, name] for name in LIBRARIES)
+        answers = [self.run("looking for libraries", words) for words in asked]
+        return list(dict.fromkeys(shlex.split(" ".join(answers))))
 
     def describe(self, content: Path, tag: str) -> None:
-        """FFCV's metadata with OpenCV's headless build in place of the other, and the licences of all that is inside."""
-        source = self.folder / "ffcv"
-        head, _, text = (source / "PKG-INFO").read_text(encoding="utf-8").partition("\n\n")
+        """FFCV's metadata, with OpenCV's headless build for the other, and all licences."""
+        head, _, text = (self.ffcv / "PKG-INFO").read_text(encoding="utf-8").partition("\n\n")
         version = next(line.split()[1] for line in head.splitlines() if line.startswith("Version:"))
-        needs = (source / "ffcv.egg-info" / "requires.txt").read_text().split()
-        for name in needs:
-            head += f"\nRequires-Dist: {'opencv-python-headless' if name == 'opencv-python' else name}"
+        for name in (self.ffcv / "ffcv.egg-info" / "requires.txt").read_text().split():
+            wanted = "opencv-python-headless" if name == "opencv-python" else name
+            head += f"\nRequires-Dist: {wanted}"
         info = content / f"ffcv-{version}.dist-info"
         licenses = info / "licenses"
         licenses.mkdir(parents=True)
         (info / "METADATA").write_text(f"{head}\n\n{text}", encoding="utf-8")
-        (info / "WHEEL").write_text(f"Wheel-Version: 1.0\nGenerator: build_ffcv\nRoot-Is-Purelib: false\nTag: {tag}\n")
-        shutil.copy(source / "LICENSE", licenses / "LICENSE.ffcv")
+        lines = ["Wheel-Version: 1.0", "Generator: build_ffcv", "Root-Is-Purelib: false"]
+        (info / "WHEEL").write_text("\n".join([*lines, f"Tag: {tag}"]) + "\n")
+        inside = [self.ffcv / "LICENSE"]
         if not self.system:
-            shutil.copy(self.folder / "opencv-python-headless" / "opencv" / "LICENSE", licenses / "LICENSE.opencv")
-            for path in (self.folder / "simplejpeg" / "lib").glob("libjpeg-turbo-*/[LR]*E*.[mi][dj]*"):
-                shutil.copy(path, licenses / f"{path.name}.libjpeg-turbo")
+            (jpeg,) = (self.folder / "simplejpeg" / "lib").glob("libjpeg-turbo-*")
+            inside += [self.opencv / "LICENSE", jpeg / "LICENSE.md", jpeg / "README.ijg"]
+        for path in inside:
+            shutil.copy(path, licenses / f"{path.parent.name}-{path.name}")
 
-    def cmake(self, name: str, source: Path, *goals: str, settings: tuple[str, ...]) -> Path:
+    def cmake(self, name: str, source: Path, goals: list[str], settings: list[str]) -> Path:
         """Configure ``source`` and make the ``goals``; returns the build folder."""
         build = self.folder / "build" / name
-        archivers = [f"-DCMAKE_{tool.upper()}={self.python.with_name(f'zig-{tool}')}" for tool in ("ar", "ranlib")]
-        self.run(f"configuring {name}", "cmake", *COMMON, *archivers, *settings, "-S", source, "-B", build)
-        self.run(f"compiling {name}", "ninja", "-C", build, *goals)
+        tools = [f"-DCMAKE_{tool.upper()}={self.programs / f'zig-{tool}'}" for tool in ARCHIVERS]
+        words = ["cmake", *COMMON, *tools, *settings, "-S", source, "-B", build]
+        self.run(f"configuring {name}", words)
+        self.run(f"compiling {name}", ["ninja", "-C", build, *goals])
         return build
 
-    def pip(self, what: str, *words: object, **environment: str) -> None:
+    def pip(self, what: str, words: list, **environment: str) -> None:
         """The pip beside this interpreter, as the user has configured it."""
-        self.run(
-            what, sys.executable, "-m", "pip", "--disable-pip-version-check", *words, **{"HOME": os.environ.get("HOME", "/"), **environment}
-        )
+        environment["HOME"] = os.environ.get("HOME", "/")
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+        self.run(what, [*pip, *words], **environment)
 
-    def run(self, what: str, *words: object, **environment: str) -> str:
+    def run(self, what: str, words: list, **environment: str) -> str:
         """Standard output of a command, announced as ``what``."""
         print(f"{time.monotonic() - self.start:6.0f} s  {what}", file=sys.stderr, flush=True)
+        command, variables = list(map(str, words)), {**self.environment, **environment}
         try:
-            done = subprocess.run([str(word) for word in words], env={**self.environment, **environment}, capture_output=True, text=True)
+            done = subprocess.run(command, env=variables, capture_output=True, text=True)
         except FileNotFoundError as error:
-            raise Failure(f"{what}: {words[0]} is not there") from error
+            raise Failure(f"{what}: {command[0]} is not there") from error
         if done.returncode:
             tail = "\n".join((done.stdout + done.stderr).splitlines()[-25:])
             raise Failure(f"{what} failed with code {done.returncode}:\n{tail}")
@@ -281,8 +289,9 @@ def replace(path: Path, *changes: tuple[str, str]) -> None:
     """Change each text, which must stand in the file once."""
     text = path.read_text()
     for old, new in changes:
-        if text.count(old) != 1:
-            raise Failure(f"{path.name} of this release is not as expected: {old!r} stands in it {text.count(old)} times")
+        if (count := text.count(old)) != 1:
+            found = f"{old!r} stands in it {count} times"
+            raise Failure(f"{path.name} of this release is not as expected: {found}")
         text = text.replace(old, new)
     path.write_text(text)
 

@@ -87,6 +87,7 @@ def test_the_wheel_holds_recipes_and_job_scripts_and_no_tests(built):
     scripts = {str(path.relative_to(ROOT)) for path in (ROOT / "slurm").rglob("*.sh")}
     assert {name.removeprefix("pipeline/") for name in names if name.startswith("pipeline/slurm/")} == scripts
     assert mode & 0o111 == 0o111
+    assert not [name for name in names if name.endswith(".toml")]
     assert {name.partition("/")[0] for name in names} == {"pipeline", f"coda_pipeline-{__version__}.dist-info"}
 
 

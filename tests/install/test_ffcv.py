@@ -1,8 +1,10 @@
-"""FFCV's library as set-up builds it: needs nothing of the system, and decodes and resizes to the bytes of the one it replaces."""
+"""FFCV's library as set-up builds it.
+
+It needs nothing of the system, and decodes and resizes to the bytes of the one it replaces.
+"""
 
 import ctypes
 import hashlib
-import re
 import shutil
 import subprocess
 import sys
@@ -24,15 +26,16 @@ OF_THE_C_LIBRARY = {
     "ld-linux-aarch64.so.1",
 }
 
-# SHA-256, first 16 digits, of what FFCV 1.0.2 made of photo.jpg when it was compiled against Debian 12's OpenCV 4.6.0 and
-# libjpeg-turbo 2.1.5, on x86-64.
+# SHA-256, first 16 digits, of what FFCV 1.0.2 made of photo.jpg when it was compiled against
+# Debian 12's OpenCV 4.6.0 and libjpeg-turbo 2.1.5, on x86-64.
 DECODED = {  # (left, top, width, height, scale, crop, flip)
     (0, 0, 122, 94, 1, False, False): "c8a1fc1b0c4af49d",
     (0, 0, 112, 80, 1, False, True): "30dd393c10bc919b",
     (16, 16, 64, 48, 1, True, False): "728842ae16471509",
     (0, 0, 122, 94, 2, False, False): "833609f24bb0767a",
 }
-RESIZED = {  # ((first row, behind the last, first column, behind the last), (rows, columns)): by halves, by fractions, larger
+# By halves, by fractions, larger.
+RESIZED = {  # ((first row, behind the last, first column, behind the last), (rows, columns))
     ((0, 94, 0, 122), (47, 61)): "af8fa487deaddc23",
     ((3, 80, 5, 119), (32, 32)): "c7a2ea0ca41f5a4d",
     ((10, 30, 10, 40), (64, 64)): "b422e71c0d5122e1",
@@ -48,7 +51,9 @@ def library():
     return Path(lib._name)
 
 
-def decode(path: Path, left=0, top=0, width=WIDTH, height=HEIGHT, scale=1, crop=False, flip=False) -> np.ndarray:
+def decode(
+    path: Path, left=0, top=0, width=WIDTH, height=HEIGHT, scale=1, crop=False, flip=False
+) -> np.ndarray:
     imdecode = ctypes.CDLL(str(path)).imdecode
     imdecode.argtypes = [
         ctypes.c_void_p,
@@ -65,7 +70,9 @@ def decode(path: Path, left=0, top=0, width=WIDTH, height=HEIGHT, scale=1, crop=
     return image
 
 
-def resize(path: Path, image: np.ndarray, box: tuple[int, ...], size: tuple[int, int]) -> np.ndarray:
+def resize(
+    path: Path, image: np.ndarray, box: tuple[int, ...], size: tuple[int, int]
+) -> np.ndarray:
     function = ctypes.CDLL(str(path)).resize
     function.argtypes = [ctypes.c_int64] * 11
     result = np.zeros((*size, 3), np.uint8)
@@ -95,8 +102,12 @@ def test_resizing_is_the_mean_of_an_area(library, factor):
 
 
 def test_needs_nothing_but_the_c_library(library):
-    if not library.name == "_libffcv.so" or re.search("opencv", needed := subprocess.getoutput(f"ldd '{library}'")):
-        pytest.skip(f"{library} was compiled against this system's libraries, as on processors for which there is no other way")
+    needed = subprocess.getoutput(f"ldd '{library}'")
+    if library.name != "_libffcv.so" or "opencv" in needed:
+        pytest.skip(
+            f"{library} was compiled against this system's libraries, "
+            "as on processors for which there is no other way"
+        )
     names = {Path(line.split()[0]).name for line in needed.splitlines()}
     assert names and names <= OF_THE_C_LIBRARY and "not found" not in needed
 
@@ -104,16 +115,20 @@ def test_needs_nothing_but_the_c_library(library):
 def test_exports_only_ffcvs_functions(library):
     if not shutil.which("nm"):
         pytest.skip("nm is missing: apt-get install binutils")
-    exported = {line.split()[-1] for line in subprocess.getoutput(f"nm -D --defined-only '{library}'").splitlines()}
-    assert exported == {"resize", "my_memcpy", "my_fread", "imdecode"}  # OpenCV's own module lives in the same process
+    symbols = subprocess.getoutput(f"nm -D --defined-only '{library}'")
+    exported = {line.split()[-1] for line in symbols.splitlines()}
+    # No more, as OpenCV's own module lives in the same process.
+    assert exported == {"resize", "my_memcpy", "my_fread", "imdecode"}
 
 
 @pytest.mark.slow
 def test_systems_libraries_serve_where_they_are(tmp_path):
     """The other way, compiled for real: its library finds OpenCV by itself, and agrees."""
-    if not shutil.which("c++") or subprocess.call(["pkg-config", "--exists", "opencv4", "libturbojpeg"]):
+    there = ["pkg-config", "--exists", "opencv4", "libturbojpeg"]
+    if not shutil.which("c++") or subprocess.call(there):
         pytest.skip(
-            "a compiler, or OpenCV and libjpeg-turbo with headers, are missing: apt-get install g++ libopencv-dev libturbojpeg0-dev"
+            "a compiler, or OpenCV and libjpeg-turbo with headers, are missing: "
+            "apt-get install g++ libopencv-dev libturbojpeg0-dev"
         )
     command = [sys.executable, ROOT / "install" / "build_ffcv.py", "--system", tmp_path / "wheels"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -123,7 +138,8 @@ def test_systems_libraries_serve_where_they_are(tmp_path):
     shutil.unpack_archive(wheel, tmp_path / "content", "zip")
     library = tmp_path / "content" / "ffcv" / "_libffcv.so"
     assert "not found" not in subprocess.getoutput(f"ldd '{library}'")
-    assert "Requires-Dist: opencv-python-headless" in next(tmp_path.glob("content/*.dist-info/METADATA")).read_text()
+    metadata = next(tmp_path.glob("content/*.dist-info/METADATA")).read_text()
+    assert "Requires-Dist: opencv-python-headless" in metadata
     assert all(digest(decode(library, *call)) == expected for call, expected in DECODED.items())
     again = subprocess.run(command, capture_output=True, text=True)
-    assert again.stdout == done.stdout and again.stderr == "", "a wheel that is there is not built again"
+    assert (again.stdout, again.stderr) == (done.stdout, ""), "a wheel that is there is built again"

@@ -1,7 +1,8 @@
-"""Stands where setuptools stands while pip downloads a source archive, and tells pip the archive's name and version.
+"""Stands where setuptools stands while pip downloads a source archive: tells its name and version.
 
-pip asks an archive's own build script for them, and the scripts of FFCV and OpenCV end where a compiler or CMake is missing. Nothing of
-the archive is run this way; that it is the right one is checked by its hash.
+pip asks an archive's own build script for them, and the scripts of FFCV and OpenCV end where a
+compiler or CMake is missing. Nothing of the archive is run this way; that it is the right one is
+checked by its hash.
 """
 
 import sys
@@ -10,13 +11,21 @@ from pathlib import Path
 
 
 def prepare_metadata_for_build_wheel(folder: str, config_settings: object = None) -> str:
-    """The hook of PEP 517, for the unpacked archive in the working folder; returns the name of the new folder in ``folder``."""
+    """The hook of PEP 517, for the unpacked archive in the working folder.
+
+    Returns:
+        the name of the new folder in ``folder``.
+    """
     found = HeaderParser().parsestr(Path("PKG-INFO").read_text(encoding="utf-8"))
     name, version = found["Name"], found["Version"]
     info = Path(folder, f"{name.replace('-', '_')}-{version}.dist-info")
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8"
+    )
     return info.name
 
 
-__legacy__ = sys.modules[__name__]  # the name by which pip calls archives that state no build system
+__legacy__ = sys.modules[
+    __name__
+]  # the name by which pip calls archives that state no build system
