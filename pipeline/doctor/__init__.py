@@ -1,8 +1,9 @@
-"""``coda doctor``: try every building block on this machine, and say what to do about the ones that fail.
+"""``coda doctor``: try every building block on this machine, and say what mends those that fail.
 
-Each check does the real thing in small: images are prepared and decoded, tensors are summed by two processes, an engine takes a
-step, a run is tracked. What needs packages runs in processes of its own (``worker.py``), which may hang or crash; this package and
-``machine`` need the standard library only.
+Each check does the real thing in small: images are prepared and decoded, tensors are summed by two
+processes, an engine takes a step, a run is tracked. What needs packages runs in processes of its
+own (``worker.py``), which may hang or crash; this package and ``machine`` need the standard library
+only.
 """
 
 import tempfile
@@ -17,7 +18,8 @@ from pipeline.doctor.parts import AFTER, LANES, PACKAGE, Check, State
 from pipeline.doctor.remote import Worker
 
 OLDEST_PYTHON = (3, 11)
-CODES = {State.OK: 0, State.UNKNOWN: 1, State.FAILED: 2}  # the highest is what the process ends with
+# The highest is what the process ends with.
+CODES = {State.OK: 0, State.UNKNOWN: 1, State.FAILED: 2}
 
 
 class Wanted(NamedTuple):
@@ -29,7 +31,9 @@ class Wanted(NamedTuple):
 
 
 def main(runs: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> int:
-    """Print a line per check as it finishes; 0 if all are well, 2 if one failed, else 1: one could not be made.
+    """Print a line per check as it finishes.
+
+    Returns 0 if all are well, 2 if one failed, else 1: one could not be made.
 
     Args:
         runs: folder of the runs, which need not exist yet; with a recipe, the recipe's is meant.
@@ -49,8 +53,13 @@ def main(runs: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -
     return code
 
 
-def checks(runs: Path, recipe: str | None = None, overrides: Sequence[str] = (), seconds: float = machine.SECONDS) -> Iterator[Check]:
-    """All checks, one after another, in ``seconds``; those that are not done by then are UNKNOWN."""
+def checks(
+    runs: Path,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    seconds: float = machine.SECONDS,
+) -> Iterator[Check]:
+    """All checks, one after another, in ``seconds``; those not done by then are UNKNOWN."""
     end = time.monotonic() + seconds
     remedy = remedies.remedies(remedies.surroundings())
     wanted = Wanted(runs, tracking=machine.tracking_variable())
@@ -58,7 +67,8 @@ def checks(runs: Path, recipe: str | None = None, overrides: Sequence[str] = (),
         try:
             wanted = _of_recipe(recipe, overrides)
         except ImportError as error:
-            yield Check("recipe", State.FAILED, f"cannot be read: {error}", remedy("timm", str(error)))
+            detail = f"cannot be read: {error}"
+            yield Check("recipe", State.FAILED, detail, remedy("timm", str(error)))
 
     quick: dict[str, Callable[[], str]] = {
         "python": lambda: machine.python(OLDEST_PYTHON),
@@ -79,9 +89,11 @@ def checks(runs: Path, recipe: str | None = None, overrides: Sequence[str] = (),
     folder = machine.existing(wanted.runs) if writable else Path(tempfile.gettempdir())
     names = [name for lane in (("torch", "torchvision", "timm"), *LANES) for name in lane]
     missing = [name for name in names if name in PACKAGE and not find_spec(PACKAGE[name])]
-    with Worker([name for name in names if name not in missing], folder, wanted.tracking, end, seconds) as worker:
+    tried = [name for name in names if name not in missing]
+    with Worker(tried, folder, wanted.tracking, end, seconds) as worker:
         for name in [*names, *wanted.tracking]:
-            needed = next((other for other in AFTER.get(name, AFTER["tracking"]) if done[other].state is not State.OK), None)
+            before = AFTER.get(name, AFTER["tracking"])
+            needed = next((other for other in before if done[other].state is not State.OK), None)
             if name in missing:
                 state, detail = State.FAILED, f"the Python package {PACKAGE[name]} is not installed"
             elif needed:
@@ -89,7 +101,8 @@ def checks(runs: Path, recipe: str | None = None, overrides: Sequence[str] = (),
             else:
                 state, detail = worker.answer(name)
             detail = machine.without_passwords(detail)
-            done[name] = Check(name, state, detail, "" if needed and name not in missing else remedy(name, detail))
+            advice = "" if needed and name not in missing else remedy(name, detail)
+            done[name] = Check(name, state, detail, advice)
             yield done[name]
 
 
@@ -105,5 +118,6 @@ def _of_recipe(path: str, overrides: Sequence[str]) -> Wanted:
     from pipeline.recipe import load
 
     recipe = load(path, overrides)
-    address = {"tracking.uri": recipe.tracking.uri} if recipe.tracking.uri else machine.tracking_variable()
-    return Wanted(Path(recipe.runs), recipe.data.folder, address)
+    address = recipe.tracking.uri
+    tracking = {"tracking.uri": address} if address else machine.tracking_variable()
+    return Wanted(Path(recipe.runs), recipe.data.folder, tracking)

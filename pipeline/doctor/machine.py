@@ -1,4 +1,7 @@
-"""What can be seen of the machine without any package. Each probe returns what it found, or raises what is wrong."""
+"""What can be seen of the machine without any package.
+
+Each probe returns what it found, or raises what is wrong.
+"""
 
 import contextlib
 import fcntl
@@ -34,7 +37,10 @@ def seconds() -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) < math.inf:
             return float(text)
-    raise UserError(f"environment variable CODA_DOCTOR_SECONDS is {text!r}; it must be a positive number of seconds")
+    raise UserError(
+        f"environment variable CODA_DOCTOR_SECONDS is {text!r}; "
+        "it must be a positive number of seconds"
+    )
 
 
 def tracking_variable() -> dict[str, str]:
@@ -52,14 +58,20 @@ def python(oldest: tuple[int, int]) -> str:
 
 
 def memory(root: Path = Path("/")) -> str:
-    """What is available, and the limit of the control groups (a job's, a container's) that this process is in."""
-    kilobytes = re.search(r"^MemAvailable:\s*(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE)
+    """What is available, and the limit of its control groups (a job's, a container's)."""
+    text = (root / "proc/meminfo").read_text()
+    kilobytes = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
     assert kilobytes
     available, limits = int(kilobytes[1]) * 1024, _memory_limits(root)
     if min(available, *limits) < MEMORY_BYTES:
-        raise MemoryError(f"{min(available, *limits) / 1e9:.1f} GB, fewer than the {MEMORY_BYTES / 1e9:g} GB of the smallest training")
-    limit = f", of which this job or container may use {min(limits) / 1e9:.1f} GB" if limits and min(limits) < available else ""
-    return f"{available / 1e9:.1f} GB available{limit}"
+        raise MemoryError(
+            f"{min(available, *limits) / 1e9:.1f} GB, "
+            f"fewer than the {MEMORY_BYTES / 1e9:g} GB of the smallest training"
+        )
+    found = f"{available / 1e9:.1f} GB available"
+    if limits and min(limits) < available:
+        found += f", of which this job or container may use {min(limits) / 1e9:.1f} GB"
+    return found
 
 
 def _memory_limits(root: Path) -> list[int]:
@@ -69,20 +81,28 @@ def _memory_limits(root: Path) -> list[int]:
             _, controllers, place = line.split(":", 2)
             if controllers and "memory" not in controllers.split(","):
                 continue
-            base, name = ("sys/fs/cgroup/memory", "memory.limit_in_bytes") if controllers else ("sys/fs/cgroup", "memory.max")
+            base, name = "sys/fs/cgroup", "memory.max"
+            if controllers:
+                base, name = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
             group = root / base / place.lstrip("/")
             for folder in (group, *group.parents):
                 if folder.is_relative_to(root / base):
-                    with contextlib.suppress(OSError, ValueError):  # no limit is "max", and a namespace may hide the folder
+                    # No limit is "max", and a namespace may hide the folder.
+                    with contextlib.suppress(OSError, ValueError):
                         limits.append(int((folder / name).read_text()))
     return limits or [sys.maxsize]
 
 
 def processors() -> str:
-    """How many this process may use. A machine of one is slow, and yet enough; one of several is a mistake."""
+    """How many this process may use.
+
+    A machine of one is slow, and yet enough; one of several is a mistake.
+    """
     usable, there = len(os.sched_getaffinity(0)), os.cpu_count()
     if usable < 2 and there != usable:
-        raise RuntimeError(f"this process may use 1 of {there}: too few to load images beside training")
+        raise RuntimeError(
+            f"this process may use 1 of {there}: too few to load images beside training"
+        )
     return f"this process may use {usable} of {there}"
 
 
@@ -116,7 +136,10 @@ def caches() -> str:
     place, found = _room(folder, CACHE_BYTES)
     if _runs_code(place):
         return found
-    refused = f"{found}, but no code can be loaded from there (mounted noexec), as the kernels for a GPU are"
+    refused = (
+        f"{found}, but no code can be loaded from there (mounted noexec), "
+        "as the kernels for a GPU are"
+    )
     if glob.glob("/dev/nvidia[0-9]*"):
         raise PermissionError(refused)
     return f"{refused}: with a GPU set CODA_CACHE to a folder elsewhere"
@@ -126,8 +149,9 @@ def _runs_code(folder: Path) -> bool:
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"\0" * mmap.PAGESIZE)
         file.flush()
+        use = mmap.PROT_READ | mmap.PROT_EXEC
         try:
-            mmap.mmap(file.fileno(), mmap.PAGESIZE, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC).close()
+            mmap.mmap(file.fileno(), mmap.PAGESIZE, mmap.MAP_PRIVATE, use).close()
         except PermissionError:
             return False
     return True
@@ -139,7 +163,7 @@ def existing(folder: Path) -> Path:
 
 
 def _room(folder: Path, needed: float, digits: int = 0) -> tuple[Path, str]:
-    """Try to write where ``folder`` is or would be made, and see that ``needed`` bytes are free there."""
+    """Write where ``folder`` is or would be made, and see that ``needed`` bytes are free there."""
     place = existing(folder)
     with tempfile.TemporaryFile(dir=place) as file:
         file.write(b"coda")

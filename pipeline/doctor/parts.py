@@ -1,4 +1,7 @@
-"""The checks that need packages: their names, in which order they run, and on what each builds. Standard library only."""
+"""The checks that need packages: their names, their order, and on what each builds.
+
+Standard library only.
+"""
 
 from enum import Enum
 from typing import NamedTuple
@@ -22,7 +25,8 @@ class Check(NamedTuple):
 
 
 BASE = ("torch", "torchvision", "timm")  # one process imports them once, for all others
-# Run beside each other; within one, one after another, as two processes may not share a GPU everywhere.
+# Run beside each other; within one, one after another, as not everywhere may two processes share a
+# GPU.
 LANES = (("process group", "gpu", "nccl", "deepspeed", "kernels"), ("ffcv",), ("mlflow",))
 PACKAGE = {name: name for name in (*BASE, "deepspeed", "ffcv", "mlflow")}
 AFTER = {

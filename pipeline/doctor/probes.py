@@ -1,4 +1,7 @@
-"""What a training does, in small. Each probe runs in a process of its own, returns what it found, and raises what is wrong."""
+"""What a training does, in small.
+
+Each probe runs in a process of its own, returns what it found, and raises what is wrong.
+"""
 
 import contextlib
 import importlib.metadata
@@ -15,7 +18,8 @@ from pipeline.doctor import machine
 
 RENDEZVOUS_SECONDS = 20.0
 ADDRESS_SECONDS = 10
-SIDE, SLOPE, TOLERANCE = 64, 3, 2  # of planted images: pixels, grey levels from one to the next, and levels that a JPEG may err
+# Of planted images: pixels, grey levels from one to the next, and levels that a JPEG may err.
+SIDE, SLOPE, TOLERANCE = 64, 3, 2
 
 
 def process_group_of_two() -> str:
@@ -36,10 +40,14 @@ def gpu() -> str:
     if (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return f"none, as CUDA_VISIBLE_DEVICES is {hidden!r}: trainings run on the processor"
     if listed := _nvidia_smi():
-        raise RuntimeError(f"nvidia-smi lists {listed[0]}, but torch {torch.__version__} sees none: {_why_no_gpu()}")
+        raise RuntimeError(
+            f"nvidia-smi lists {listed[0]}, "
+            f"but torch {torch.__version__} sees none: {_why_no_gpu()}"
+        )
     if Path("/proc/driver/nvidia/gpus").exists():
         return (
-            "none, though the machine has some: in a container --nv (apptainer) or --gpus all (docker) shows them, in a job --gpus-per-node"
+            "none, though the machine has some: in a container --nv (apptainer) or "
+            "--gpus all (docker) shows them, in a job --gpus-per-node"
         )
     return "none: trainings run on the processor"
 
@@ -47,7 +55,9 @@ def gpu() -> str:
 def _nvidia_smi() -> list[str]:
     program = shutil.which("nvidia-smi")
     answer = subprocess.run([program, "-L"], capture_output=True, text=True) if program else None
-    return [line for line in answer.stdout.splitlines() if line.startswith("GPU ")] if answer and not answer.returncode else []
+    if not answer or answer.returncode:
+        return []
+    return [line for line in answer.stdout.splitlines() if line.startswith("GPU ")]
 
 
 def _why_no_gpu() -> str:
@@ -67,7 +77,9 @@ def nccl() -> str:
     import torch
 
     devices = torch.cuda.device_count()
-    return f"nccl, {_all_reduce(devices, 'spawn')}" if devices > 1 else "not needed: fewer than two GPUs"
+    if devices < 2:
+        return "not needed: fewer than two GPUs"
+    return f"nccl, {_all_reduce(devices, 'spawn')}"
 
 
 def _all_reduce(size: int, start_method: str) -> str:
@@ -77,7 +89,9 @@ def _all_reduce(size: int, start_method: str) -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.start_processes(_sum_of_ranks, (size, port), nprocs=size, start_method=start_method)
+    torch.multiprocessing.start_processes(
+        _sum_of_ranks, (size, port), nprocs=size, start_method=start_method
+    )
     return f"{size} processes on {socket.gethostname()} summed a tensor"
 
 
@@ -86,7 +100,13 @@ def _sum_of_ranks(rank: int, size: int, port: int) -> None:
 
     from pipeline.distributed import process_group, sum_across_ranks
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     with process_group(RENDEZVOUS_SECONDS) as world:
         total = sum_across_ranks(torch.tensor([float(rank)], device=world.device)).item()
     if total != size * (size - 1) / 2:
@@ -102,7 +122,9 @@ def deepspeed() -> str:
     from pipeline.training.optim import build_optimizer
 
     _stand_alone()
-    recipe = _recipe(name="doctor", training={"epochs": 1, "global_batch_size": 4, "learning_rate": 0.1})
+    recipe = _recipe(
+        name="doctor", training={"epochs": 1, "global_batch_size": 4, "learning_rate": 0.1}
+    )
     with process_group(RENDEZVOUS_SECONDS) as world:
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10))
         before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -111,14 +133,16 @@ def deepspeed() -> str:
         engine.backward(loss)
         engine.step()
         after = [parameter.detach().cpu() for parameter in engine.module.parameters()]
-    if not torch.isfinite(loss) or all(torch.equal(old, new) for old, new in zip(before, after, strict=True)):
+    unchanged = all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    if unchanged or not torch.isfinite(loss):
         raise RuntimeError(f"an update with the loss {loss.item()} left the weights as they were")
     return f"{importlib.metadata.version('deepspeed')}, an engine made an update on {world.device}"
 
 
 def _stand_alone() -> None:
-    """Forget that this process may be one of several under torchrun or srun: these others are not here."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "SLURM_STEP_ID"):
+    """Forget that this process may be one of several under torchrun or srun: they are not here."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in (*names, "TORCHELASTIC_USE_AGENT_STORE", "SLURM_STEP_ID"):
         os.environ.pop(name, None)
 
 
@@ -127,26 +151,35 @@ def _recipe(**changes: Any) -> Any:
 
     model = {"name": "coda_s", "args": {"rank": 2}}
     training = {"epochs": 1, "global_batch_size": 1, "learning_rate": 0.1}
-    return from_dict({"model": model, "data": {"source": "digits", "image_size": 8}, "training": training, **changes})
+    data = {"source": "digits", "image_size": 8}
+    return from_dict({"model": model, "data": data, "training": training, **changes})
 
 
 def kernels() -> str:
-    """The fused kernels of the layer, if there is a GPU: what they say of themselves before a training uses them."""
+    """The fused kernels of the layer, if there is a GPU.
+
+    This is what they say of themselves before a training uses them.
+    """
     import torch
 
     from pipeline.models import dau_functional, dau_triton
 
     if not torch.cuda.is_available():
         return "not needed: no GPU"
-    name = torch.cuda.get_device_name(0)
+    name, device = torch.cuda.get_device_name(0), torch.device("cuda", 0)
     for dtype in dau_triton.DTYPES:
-        if reason := dau_triton.self_check(torch.device("cuda", 0), dtype, dau_functional.reference):
-            raise RuntimeError(f"the fused kernels are not used on {name}, but plain PyTorch: {reason}")
+        if reason := dau_triton.self_check(device, dtype, dau_functional.reference):
+            raise RuntimeError(
+                f"the fused kernels are not used on {name}, but plain PyTorch: {reason}"
+            )
     return f"the fused kernels agree with plain PyTorch on {name}"
 
 
 def ffcv() -> str:
-    """Images prepared as JPEG, and loaded, cropped and resized as for an evaluation. Their right pixels are known."""
+    """Images prepared as JPEG, and loaded, cropped and resized as for an evaluation.
+
+    Their right pixels are known.
+    """
     import numpy as np
     from PIL import Image
 
@@ -157,26 +190,42 @@ def ffcv() -> str:
     planted = _planted_images()
     with tempfile.TemporaryDirectory(prefix="coda-doctor-") as folder:
         for number, image in enumerate(planted * 2):
-            path = Path(folder, "images", "val" if number < len(planted) else "train", "class", f"{number}.png")
+            split = "val" if number < len(planted) else "train"
+            path = Path(folder, "images", split, "class", f"{number}.png")
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
         size = SIDE * 7 // 16  # half of the part that a central crop leaves
-        data = {"source": "imagefolder", "path": f"{folder}/images", "prepared": folder, "image_size": size, "max_resolution": SIDE}
-        recipe = _recipe(name="doctor", data={**data, "write_mode": "jpg", "workers": min(2, len(os.sched_getaffinity(0)))})
+        data = {
+            "source": "imagefolder",
+            "path": f"{folder}/images",
+            "prepared": folder,
+            "image_size": size,
+            "max_resolution": SIDE,
+            "write_mode": "jpg",
+            "workers": min(2, len(os.sched_getaffinity(0))),
+        }
+        recipe = _recipe(name="doctor", data=data)
         prepare(recipe)
         with eval_loader(recipe, World(), len(planted)).epoch(0) as batches:
             (loaded,) = [batch.images.permute(0, 2, 3, 1).numpy().copy() for batch in batches]
     margin = (SIDE - 2 * size) // 2
     crops = [image[margin:-margin, margin:-margin] for image in planted]
-    right = [crop.reshape(size, 2, size, 2, 3).mean((1, 3)) for crop in crops]  # the mean of 2 x 2 pixels
+    # Right is the mean of 2 x 2 pixels.
+    right = [crop.reshape(size, 2, size, 2, 3).mean((1, 3)) for crop in crops]
     error = np.abs(loaded - np.stack(right)).max()
     if error > TOLERANCE:
-        raise RuntimeError(f"a decoded and resized image differs from the right one by {error:g} of 255 grey levels")
-    return f"{importlib.metadata.version('ffcv')}, {len(planted)} JPEG images written, decoded and resized, right within {error:g} of 255"
+        raise RuntimeError(
+            "a decoded and resized image differs from the right one "
+            f"by {error:g} of 255 grey levels"
+        )
+    return (
+        f"{importlib.metadata.version('ffcv')}, {len(planted)} JPEG images written, "
+        f"decoded and resized, right within {error:g} of 255"
+    )
 
 
 def _planted_images() -> list:
-    """A colour, and ramps across and down: they show exchanged channels, sides and single pixels."""
+    """A colour, and ramps across and down: they show exchanged channels, sides, single pixels."""
     import numpy as np
 
     colour = np.empty((SIDE, SIDE, 3), np.uint8)
@@ -187,14 +236,18 @@ def _planted_images() -> list:
 
 
 def mlflow(folder: Path) -> str:
-    """A run with one metric in an SQLite file in ``folder``, on the disk of the runs: locks are the file system's."""
+    """A run with one metric in an SQLite file in ``folder``.
+
+    It is on the disk of the runs, as locks are the file system's.
+    """
     from pipeline.tracking.sender import mlflow_client
 
     with tempfile.TemporaryDirectory(prefix=".coda-doctor-", dir=folder) as temporary:
         client = mlflow_client(f"sqlite:///{temporary}/mlflow.db")
         run = client.create_run(client.create_experiment("doctor", temporary)).info.run_id
         client.log_metric(run, "val/top1", 0.5, step=1, synchronous=True)
-        ((value, step),) = [(row.value, row.step) for row in client.get_metric_history(run, "val/top1")]
+        history = client.get_metric_history(run, "val/top1")
+        ((value, step),) = [(row.value, row.step) for row in history]
     if (value, step) != (0.5, 1):
         raise RuntimeError(f"logged 0.5 at step 1, read {value} at step {step}")
     return f"{importlib.metadata.version('mlflow')}, a run in SQLite in {folder} written and read"
@@ -203,11 +256,15 @@ def mlflow(folder: Path) -> str:
 def tracking(name: str, uri: str) -> str:
     """Whether MLflow at ``uri`` answers; nothing is written there."""
     # before mlflow_client, which gives a training's sender more time
-    os.environ |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(ADDRESS_SECONDS), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    os.environ |= {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(ADDRESS_SECONDS),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    }
     from pipeline.tracking.sender import URI, check_uri, mlflow_client, sqlite_file
 
-    unread = "" if name == "tracking.uri" else "; trainings do not read this variable: recipes have tracking.uri"
-    if not unread:
+    unread = "; trainings do not read this variable: recipes have tracking.uri"
+    if name == "tracking.uri":
+        unread = ""
         check_uri(_recipe(name="doctor", tracking={"uri": uri}))
     if not URI.fullmatch(uri):
         return f"{uri!r} is no address that is tried here{unread}"
@@ -232,7 +289,8 @@ def _sqlite(database: Path) -> str:
 def _database(uri: str) -> str:
     import sqlalchemy
 
-    engine = sqlalchemy.create_engine(uri, connect_args={} if uri.startswith("mssql") else {"connect_timeout": ADDRESS_SECONDS})
+    limit = {} if uri.startswith("mssql") else {"connect_timeout": ADDRESS_SECONDS}
+    engine = sqlalchemy.create_engine(uri, connect_args=limit)
     try:
         with engine.connect() as connection:
             connection.execute(sqlalchemy.text("SELECT 1"))

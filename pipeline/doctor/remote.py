@@ -1,4 +1,7 @@
-"""The processes in which packages are tried, seen from the one that reports. Standard library only."""
+"""The processes in which packages are tried, seen from the one that reports.
+
+Standard library only.
+"""
 
 import contextlib
 import json
@@ -15,23 +18,39 @@ from pipeline.doctor.parts import State
 
 
 class Worker:
-    """A process that does the checks of ``names`` and those of the addresses in ``tracking``; a context manager that ends it.
+    """A process that does checks; a context manager that ends it.
 
     Args:
-        names: of ``parts``.
+        names: of ``parts``, what is checked.
         folder: where files of the checks may be written.
+        tracking: addresses that are checked, too, by where they stand.
         end: of all checks, on the monotonic clock.
         seconds: that all checks may take.
     """
 
-    def __init__(self, names: Sequence[str], folder: Path, tracking: Mapping[str, str], end: float, seconds: float):
+    def __init__(
+        self,
+        names: Sequence[str],
+        folder: Path,
+        tracking: Mapping[str, str],
+        end: float,
+        seconds: float,
+    ):
         self._end, self._seconds = end, seconds
         self._answers: dict[str, tuple[State, str]] = {}
         self._rest = b""
         self._pipe, theirs = os.pipe()
-        task = {"path": sys.path, "names": names, "folder": str(folder), "tracking": tracking, "seconds": seconds, "pipe": theirs}
+        task = {
+            "path": sys.path,
+            "names": names,
+            "folder": str(folder),
+            "tracking": tracking,
+            "seconds": seconds,
+            "pipe": theirs,
+        }
         script = Path(__file__).with_name("worker.py")
-        # The task comes by a pipe, too, as everybody sees arguments, and an address may hold a password.
+        # The task comes by a pipe, too, as everybody sees arguments, and an address may hold a
+        # password.
         self._process = subprocess.Popen(
             [sys.executable, str(script)],
             stdin=subprocess.PIPE,
@@ -57,7 +76,8 @@ class Worker:
     def answer(self, name: str) -> tuple[State, str]:
         """What the check ``name`` found; waits for it."""
         while name not in self._answers:
-            ready, _, _ = select.select([self._pipe], [], [], max(0.0, self._end - time.monotonic()))
+            left = max(0.0, self._end - time.monotonic())
+            ready, _, _ = select.select([self._pipe], [], [], left)
             if not ready:
                 return State.UNKNOWN, f"no answer within the {self._seconds:g} s of all checks"
             content = os.read(self._pipe, 1 << 16)

@@ -1,6 +1,6 @@
-"""The process that tries packages: ``remote`` runs this file, which imports torch once and then divides itself for each check.
+"""The process that tries packages: it imports torch once and then divides itself for each check.
 
-It is run as a file, as importing ``pipeline`` may be what fails.
+``remote`` runs it as a file, as importing ``pipeline`` may be what fails.
 """
 
 import json
@@ -40,14 +40,18 @@ def main() -> None:
     }
     lanes = [[(name, known[name]) for name in lane if name in task["names"]] for lane in LANES]
     if "mlflow" in task["names"]:
-        lanes[-1] += [(name, partial(probes.tracking, name, uri)) for name, uri in task["tracking"].items()]
+        addresses = task["tracking"].items()
+        lanes[-1] += [(name, partial(probes.tracking, name, uri)) for name, uri in addresses]
     children = [divide(partial(in_turn, pipe, lane, task["seconds"] / 2)) for lane in lanes]
     for child in children:
         os.waitpid(child, 0)
 
 
 def in_turn(pipe: int, lane: Sequence[tuple[str, Callable[[], str]]], seconds: float) -> None:
-    """Each check in a process of its own. All but the last may take ``seconds``: one that hangs leaves time for the others."""
+    """Each check in a process of its own.
+
+    All but the last may take ``seconds``: one that hangs leaves time for the others.
+    """
     from pipeline.doctor.parts import State
     from pipeline.doctor.remote import died
 
@@ -98,7 +102,8 @@ def torch() -> str:
 
     if torch.ones(2, 2).mm(torch.ones(2, 2)).sum().item() != 8:
         raise RuntimeError("a product of two small matrices came out wrong")
-    return f"{torch.__version__}, built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else torch.version.hip or 'the processor'}"
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else ""
+    return f"{torch.__version__}, built for {cuda or torch.version.hip or 'the processor'}"
 
 
 def torchvision() -> str:
