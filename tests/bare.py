@@ -25,7 +25,7 @@ TOOLS = (
     "nvcc",
 )
 COMPILERS = ("/usr/lib/gcc", "/usr/libexec/gcc")  # cc1 and the like
-LIBRARIES = ("libgomp*", "libopencv_*", "libturbojpeg*")
+OF_FFCV = ("libopencv_*", "libturbojpeg*")
 LOOPBACK_UP = "import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh', b'lo', 0x41))"
 SCRIPT = """set -e
 for file in $HIDDEN; do mount --bind /dev/null "$file"; done
@@ -64,9 +64,10 @@ def run(command: list[str], folder: Path, *, up: bool = True, **variables: str) 
 
 
 def _libraries() -> list[Path]:
-    """OpenCV and libjpeg-turbo of the system, unless FFCV was built to need them."""
+    """libgomp, and OpenCV and libjpeg-turbo of the system unless FFCV was built to need them."""
     spec = find_spec("ffcv")
     built = list(Path(str(spec and spec.origin)).parent.glob("_libffcv*.so"))
-    if any(b"libopencv_imgproc.so" in file.read_bytes() for file in built):
-        return []
-    return [path for place in Path("/usr/lib").glob("*-linux-gnu") for pattern in LIBRARIES for path in place.glob(pattern)]
+    needed = any(b"libopencv_imgproc.so" in file.read_bytes() for file in built)
+    names = ("libgomp*", *(() if needed else OF_FFCV))
+    folders = list(Path("/usr/lib").glob("*-linux-gnu"))
+    return [path for place in folders for name in names for path in place.glob(name)]
