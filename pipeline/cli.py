@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pipeline
@@ -89,16 +90,16 @@ def _import_failure(error: ImportError, options: argparse.Namespace) -> str:
     return f"`coda {options.command}` cannot import {name}{reason}; `coda doctor` says what this machine lacks"
 
 
+def _add_command(commands, name: str, run, text: str, extra: str = "", models: bool = True) -> argparse.ArgumentParser:
+    """A command that needs the packages of ``extra`` and, unless ``models`` is False, the models in timm."""
+    sub = commands.add_parser(name, help=text, description=text)
+    sub.set_defaults(run=run, command=name, extra=extra, models=models)
+    return sub
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="coda", description="Train image classifiers that explain themselves.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, run, text: str, extra: str = "", models: bool = True) -> argparse.ArgumentParser:
-        """A command that needs the packages of ``extra`` and, unless ``models`` is False, the models in timm."""
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run, command=name, extra=extra, models=models)
-        return sub
-
+    command = partial(_add_command, parser.add_subparsers(required=True, metavar="COMMAND"))
     sub = command("doctor", _doctor, "Check this machine, with the remedy beside each failure.", models=False)
     sub.add_argument("recipe", nargs="?", help="also what this recipe needs: its tracking address and its folders")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")

@@ -197,7 +197,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"recipe {path}: cannot be read: {error.strerror}; ready-made ones are in recipes/") from error
+        raise UserError(f"recipe {path}: cannot be read: {error.strerror}; `coda recipes` lists the ready-made ones") from error
     except UnicodeDecodeError as error:
         raise UserError(f"recipe {path}: is not UTF-8 text") from error
     tree = structure.parse(text, f"recipe {path}")
