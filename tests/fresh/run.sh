@@ -20,6 +20,8 @@ fail() {
 }
 [ "$(id -u)" = 0 ] || fail "needs root, to build root file systems"
 command -v debootstrap >/dev/null || fail "debootstrap is missing: apt-get install debootstrap"
+# In a mount namespace of its own: whatever ends this script, no mount is left behind.
+[ -n "${FRESH_ALONE:-}" ] || FRESH_ALONE=1 exec unshare --mount bash tests/fresh/run.sh "$@"
 
 mirror() { # of this machine's own sources
     sed -n 's/^URIs: *\([^ ]*\).*/\1/p; s/^deb \(\[[^]]*\] \)\?\([^ ]*\) .*/\2/p' \
@@ -162,7 +164,6 @@ container() {
     size "the image" "$root" -x
 }
 
-trap 'umount_all "$fresh"' EXIT
 [ $# -gt 0 ] || set -- bookworm trixie container
 for name; do
     root=$fresh/$name
