@@ -103,10 +103,8 @@ step() { # NAME COMMAND [WRAPPER ...]
     printf '%s s\n' $((SECONDS - start))
 }
 
-size() { # WHAT FOLDER [DU'S OPTION ...]
-    local files
-    files=$(find "$2" -xdev -type f | wc -l)
-    rows+=("| $machine | $1 | $(du -sh "${@:3}" "$2" | cut -f1), $files files |")
+size() { # WHAT FOLDER
+    rows+=("| $machine | $1 | $(du -sh "$2" | cut -f1), $(find "$2" -type f | wc -l) files |")
 }
 
 two_processes="OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node 2 \
@@ -152,7 +150,7 @@ trixie() {
     step "two processes" "$two_processes" "${alone[@]}"
     step "two tests" "$two_tests" "${alone[@]}"
     size .venv "$root$project/.venv"
-    size "all but the project" "$root" -x --exclude="$root/project"
+    size "the system beside it" "$root/usr"
 }
 
 container() {
@@ -161,7 +159,8 @@ container() {
     step "install/container.sh" "sh install/container.sh"
     step "doctor" "/opt/coda/bin/coda doctor"
     step "one epoch" "/opt/coda/bin/coda train digits_resnet20 training.epochs=1"
-    size "the image" "$root" -x
+    umount_all "$root" # the folders in which pip found packages are no part of it
+    size "the image" "$root"
 }
 
 [ $# -gt 0 ] || set -- bookworm trixie container
