@@ -90,8 +90,8 @@ def _import_failure(error: ImportError, options: argparse.Namespace) -> str:
     return f"`coda {options.command}` cannot import {name}{reason}; `coda doctor` says what this machine lacks"
 
 
-def _add_command(commands, name: str, run, text: str, extra: str = "", models: bool = True) -> argparse.ArgumentParser:
-    """A command that needs the packages of ``extra`` and, unless ``models`` is False, the models in timm."""
+def _add_command(commands, name, run, text, extra="", models=True) -> argparse.ArgumentParser:
+    """A command that needs the packages of ``extra`` and, if ``models``, the models in timm."""
     sub = commands.add_parser(name, help=text, description=text)
     sub.set_defaults(run=run, command=name, extra=extra, models=models)
     return sub

@@ -197,7 +197,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"recipe {path}: cannot be read: {error.strerror}; `coda recipes` lists the ready-made ones") from error
+        remedy = "`coda recipes` lists the ready-made ones"
+        raise UserError(f"recipe {path}: cannot be read: {error.strerror}; {remedy}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"recipe {path}: is not UTF-8 text") from error
     tree = structure.parse(text, f"recipe {path}")

@@ -26,6 +26,5 @@ def prepare_metadata_for_build_wheel(folder: str, config_settings: object = None
     return info.name
 
 
-__legacy__ = sys.modules[
-    __name__
-]  # the name by which pip calls archives that state no build system
+# The name by which pip calls archives that state no build system.
+__legacy__ = sys.modules[__name__]
