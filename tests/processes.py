@@ -1,5 +1,6 @@
 """Several processes in one test, and process groups that come and go in one process."""
 
+import multiprocessing
 import os
 import socket
 import sys
@@ -14,9 +15,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+IMPORTED = ["timm", "deepspeed", "mlflow"]  # once for all; not FFCV, which starts threads
+
+
 def run_on(count: int, function: Callable[..., None], *arguments: object) -> None:
-    """``function(rank, count, port, *arguments)`` on ``count`` new processes; an error of any is raised here."""
-    mp.start_processes(function, args=(count, free_port(), *arguments), nprocs=count, start_method="spawn")
+    """``function(rank, count, port, *arguments)`` on ``count`` new processes; an error of any is raised here.
+
+    They have the environment of the first call.
+    """
+    multiprocessing.set_forkserver_preload(IMPORTED)
+    mp.start_processes(function, args=(count, free_port(), *arguments), nprocs=count, start_method="forkserver")
 
 
 def stand_as(rank: int, size: int, port: int) -> None:

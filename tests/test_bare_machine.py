@@ -27,7 +27,8 @@ TORCHRUN = [
 def folder(tmp_path_factory):
     """With a small recipe for a run in it."""
     folder = tmp_path_factory.mktemp("bare")
-    metrics = {"final_metrics": ["accuracy", "completeness", "depth"], "grids": 2, "grid_size": 2}
+    metrics = {"final_metrics": ["accuracy", "completeness", "alignment", "depth"], "methods": ["contributions", "gradcam"]}
+    metrics |= {"grids": 2, "grid_size": 2}
     recipe = small_recipe(folder, training__epochs=1, evaluation=metrics)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
     return folder
@@ -55,6 +56,19 @@ def test_one_process_trains_to_the_end(folder):
     assert stat.S_IMODE(caches.stat().st_mode) == 0o700
     assert list(caches.glob("numba/*/*.nbi")) and list(caches.glob("matplotlib/fontlist*"))
     assert not list(caches.glob("torch-extensions/*"))  # nothing was compiled
+
+
+def test_what_is_trained_and_evaluated_is_compared(folder):
+    for words in (["train", str(folder / "recipe.yaml")], ["compare", str(folder / "runs" / "small")]):
+        done = run([*CODA, *words], folder)
+        assert done.returncode == 0, done.stderr
+        assert noise(done.stderr, STDERR) == [] and noise(done.stdout, STDOUT) == []
+        assert ("resumed" in done.stdout) == (words[0] == "train")
+
+
+def test_a_new_warning_is_seen():
+    assert noise("UserWarning: something new", STDERR) and noise("loading needs 1 GB", STDERR)
+    assert noise("Pictures:\nPictures:\n", STDOUT) == ["Pictures:"]
 
 
 def test_two_processes_train_to_the_end_without_a_home(folder):

@@ -2,10 +2,10 @@
 
 import subprocess
 import sys
+from multiprocessing import get_context
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from processes import run_on, stand_as
 from torch import nn
 
@@ -140,7 +140,7 @@ def _fail_on(failing, rank):
 
 
 def test_collectives_of_two_processes():
-    results = mp.get_context("spawn").SimpleQueue()
+    results = get_context("forkserver").SimpleQueue()
     run_on(2, _member, results)
     seen = sorted(results.get() for _ in range(2))
     failure = "disk of 1 is full"  # on both, so that none waits for the other

@@ -1,12 +1,11 @@
 """Evaluation on real .beton files: the same numbers for any number of processes, and those a plain loop gives."""
 
-import os
-import socket
+from multiprocessing import get_context
 from typing import get_args
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import run_on, stand_as
 from recipes_for_tests import small_recipe
 from torch import nn
 
@@ -74,7 +73,7 @@ def test_evaluation_leaves_the_model_in_the_mode_it_found(prepared):
 
 
 def _member(rank, size, port, folder, each, results):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    stand_as(rank, size, port)
     with process_group(timeout_seconds=120) as world:
         for changes in each:
             recipe = small_recipe(folder, **changes)
@@ -92,11 +91,8 @@ def test_any_number_of_processes_gives_the_same_result(prepared):
         alone[changes["model__name"]] = result
         assert result.values["val/top1"] < 1 and set(result.values) >= {"interp/completeness_error", "interp/grids"}
     assert [row["layer"] for row in alone["coda_s"].tables["localisation"]] == ["input"]  # once: it is also the junction
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    results = mp.get_context("spawn").SimpleQueue()
-    mp.start_processes(_member, args=(3, port, prepared, each, results), nprocs=3, start_method="spawn")
+    results = get_context("forkserver").SimpleQueue()
+    run_on(3, _member, prepared, each, results)
     for name, values, tables in (results.get() for _ in range(6)):
         assert values == pytest.approx(alone[name].values, rel=1e-4, abs=1e-6)
         assert set(tables) == set(alone[name].tables)

@@ -18,28 +18,27 @@ import sys
 for name in ("deepspeed", "ffcv", "mlflow"):
     sys.modules[name] = None  # importing it fails
 import timm, torch, pipeline
-model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
-torch.save(model(torch.load(sys.argv[2])), sys.argv[3])
+for folder in sys.argv[1:]:
+    model = timm.create_model(f"local-dir:{folder}/export", pretrained=True).eval()
+    torch.save(model(torch.load(f"{folder}/images.pt")), f"{folder}/logits.pt")
 """
 
 
-@pytest.mark.parametrize(
-    ("name", "args"),
-    [("coda_s", {"rank": 3, "temperature": 77.0}), ("coda_resnet20", {"conv_stages": 1}), ("resnet20", {}), ("resnet18", {})],
-)
-def test_timm_loads_an_export_without_the_training_libraries(tmp_path, name, args):
+def test_timm_loads_exports_without_the_training_libraries(tmp_path):
     torch.manual_seed(0)
-    recipe = small_recipe(tmp_path, model__name=name, model__args=args)
-    model = build_model(recipe.model, 7).eval()
-    export(model, recipe, [f"class {i}" for i in range(7)], tmp_path / "export")
-    images = torch.rand(2, 3, 32, 32)
-    torch.save(images, tmp_path / "images.pt")
-    paths = [str(tmp_path / part) for part in ("export", "images.pt", "logits.pt")]
-    subprocess.run([sys.executable, "-c", ALONE, *paths], check=True)
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), model(images))
-    again = load_export(tmp_path / "export")
-    assert again.pretrained_cfg["label_names"] == [f"class {i}" for i in range(7)]
-    assert getattr(again, "temperature", 1.0) == args.get("temperature", getattr(model, "temperature", 1.0))
+    models = {"coda_s": {"rank": 3, "temperature": 77.0}, "coda_resnet20": {"conv_stages": 1}, "resnet20": {}, "resnet18": {}}
+    folders, exported, images = [tmp_path / name for name in models], [], torch.rand(2, 3, 32, 32)
+    for folder, (name, args) in zip(folders, models.items(), strict=True):
+        recipe = small_recipe(folder, model__name=name, model__args=args)
+        exported.append(build_model(recipe.model, 7).eval())
+        export(exported[-1], recipe, [f"class {i}" for i in range(7)], folder / "export")
+        torch.save(images, folder / "images.pt")
+    subprocess.run([sys.executable, "-c", ALONE, *map(str, folders)], check=True)
+    for folder, model, args in zip(folders, exported, models.values(), strict=True):
+        assert torch.equal(torch.load(folder / "logits.pt"), model(images)), folder
+        again = load_export(folder / "export")
+        assert again.pretrained_cfg["label_names"] == [f"class {i}" for i in range(7)]
+        assert getattr(again, "temperature", 1.0) == args.get("temperature", getattr(model, "temperature", 1.0))
 
 
 def test_an_export_replaces_an_older_one_and_leaves_nothing_else(tmp_path):

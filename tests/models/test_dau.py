@@ -1,7 +1,6 @@
 """DAUConv2d against its slow twin, at the edges, and in explanation mode."""
 
 import copy
-import socket
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 from dau_twin import twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_on
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -283,8 +283,8 @@ def test_activation_checkpointing_compilation_and_copies_change_nothing():
             assert torch.equal(a, b)  # and so every step is deterministic
 
 
-def _gradients_on_two(rank, port, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _gradients_on_two(rank, size, port, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     module = chain()
     parallel = nn.parallel.DistributedDataParallel(module)
@@ -298,10 +298,7 @@ def _gradients_on_two(rank, port, folder):
 
 
 def test_data_parallel_gradients_are_those_of_the_whole_batch(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_gradients_on_two, (port, tmp_path), nprocs=2)
+    run_on(2, _gradients_on_two, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
 
 

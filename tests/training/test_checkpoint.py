@@ -96,11 +96,11 @@ def _evaluated(rank, size, port, folder, runs):
 
     loop.evaluate = watched
     stand_as(rank, size, port)
-    recipe = small_recipe(folder, runs=str(runs), model__name="coda_resnet20", model__args={"rank": 2}, training__epochs=3)
+    recipe = small_recipe(folder, runs=str(runs), model__name="coda_resnet20", model__args={"rank": 2}, training__epochs=2)
     with process_group(timeout_seconds=120) as world:
         loop.train(recipe, world)
         one, other = gather_across_ranks(seen)
-    assert len(one) == 2  # after two epochs; the last evaluation is of the export
+    assert len(one) == 1  # after the first epoch; the last evaluation is of the export
     assert all(torch.equal(a, b) for epochs in zip(one, other, strict=True) for a, b in zip(*epochs, strict=True))
 
 

@@ -12,6 +12,7 @@ import mlflow
 import pytest
 import torch
 import yaml
+from processes import run_on, stand_as
 from recipes_for_tests import small_recipe
 
 from pipeline.distributed import process_group
@@ -49,8 +50,8 @@ def test_killed_and_started_again_ends_as_if_it_had_never_stopped(prepared, tmp_
     changes |= dict(data__progressive={"start_size": 6, "until": 0.5, "step": 2}, data__eval_size=10)
     whole = small_recipe(prepared, name="whole", runs=str(tmp_path / "runs"), **changes)
     killed = small_recipe(prepared, name="killed", runs=str(tmp_path / "runs"), **changes)
-    first = command(whole, tmp_path)
-    assert first.wait(300) == 0
+    with process_group() as world:
+        train(whole, world)
     for wanted in ("update-8", "update-22"):  # inside the first epoch, and right after the second, while it goes on
         process = command(killed, tmp_path)
         deadline = time.monotonic() + 300
@@ -74,14 +75,19 @@ def test_killed_and_started_again_ends_as_if_it_had_never_stopped(prepared, tmp_
         assert sorted(points) == sorted(losses(whole).items())
 
 
+def _train(rank, size, port, recipe):
+    stand_as(rank, size, port)
+    with process_group(timeout_seconds=120) as world:
+        train(recipe, world)
+
+
 def test_two_processes_follow_the_loss_curve_of_one(prepared, tmp_path):
     curves = []
     for processes in (1, 2):
         changes = {"training__optimizer": "sgd", "training__learning_rate": 1.0, "training__epochs": 1}
         changes["model__args"] = {"rank": 2, "temperature": 1.0}  # learns fast: a curve that stands still is easy to follow
         recipe = small_recipe(prepared, name=f"on{processes}", runs=str(tmp_path / "runs"), **changes)
-        process = command(recipe, tmp_path, processes)
-        assert process.wait(300) == 0
+        run_on(processes, _train, recipe)
         curves.append(losses(recipe))
     first, *_, last = curves[0].values()
     assert len(curves[0]) == 11 and last < 0.95 * first
