@@ -1,19 +1,28 @@
 """Data that many tests share."""
 
+from pathlib import Path
+
 import pytest
 from processes import forget_process_groups
 from recipes_for_tests import small_recipe
+from xdist.scheduler import LoadScopeScheduling
 
 import pipeline.data  # noqa: F401  # says how numba works, before a test imports FFCV itself
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items):
+class Sharing(LoadScopeScheduling):
     """Tests that share something run in one process of ``pytest -n``: those of a file; those of Slurm, and of the MLflow server."""
-    for item in items:
-        folder = item.path.parent.name
-        if folder != "training":  # long tests that share nothing
-            item.add_marker(pytest.mark.xdist_group(folder if folder in ("slurm", "tracking") else str(item.path)))
+
+    def _split_scope(self, nodeid):
+        file, _, _ = nodeid.partition("::")
+        folder = Path(file).parent.name
+        if folder == "training":  # long tests that share nothing
+            return nodeid
+        return folder if folder in ("slurm", "tracking") else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return Sharing(config, log)
 
 
 @pytest.fixture(scope="session")
