@@ -6,7 +6,7 @@ from multiprocessing import get_context
 
 import pytest
 import torch
-from processes import run_on, stand_as
+from processes import free_port, run_on, stand_as
 from torch import nn
 
 from pipeline.distributed import (
@@ -66,8 +66,7 @@ def test_nowhere_to_meet_is_said_by_name(environment, name):
         rendezvous(environment)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_processes_of_torchrun_meet(tmp_path, processes):
+def test_processes_of_torchrun_meet(tmp_path):
     script = tmp_path / "meet.py"
     script.write_text(
         "import sys\n"
@@ -75,9 +74,18 @@ def test_processes_of_torchrun_meet(tmp_path, processes):
         "with process_group() as world:\n"
         "    sys.stdout.write(f'{world.rank} {world.size}\\n')  # at once, so that two lines do not mix\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=120)
-    assert sorted(done.stdout.splitlines()) == [f"{rank} {processes}" for rank in range(processes)], done.stderr
+    assert sorted(done.stdout.splitlines()) == ["0 2", "1 2"], done.stderr
+
+
+def test_one_process_may_be_all_of_a_group(monkeypatch):
+    """As after ``torchrun --nproc-per-node 1``."""
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(name, str(value))
+    with process_group() as world:
+        assert (world.rank, world.size) == (0, 1)
+        assert gather_across_ranks("r0") == ["r0"]
 
 
 @pytest.mark.parametrize(

@@ -140,10 +140,7 @@ def test_a_connection_lost_while_stopping_is_no_error(tmp_path):
 HANGS = """
 import sys, time
 from pathlib import Path
-from pipeline.distributed import World, process_group
-from pipeline.errors import UserError
-from pipeline.training import checkpoint, loop
-from pipeline.training.checkpoint import newest_model
+from pipeline.distributed import World
 from pipeline.training.failures import Watchdog
 def stuck_here():
     print("stuck", flush=True)
