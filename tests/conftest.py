@@ -11,7 +11,10 @@ import pipeline.data  # noqa: F401  # says how numba works, before a test import
 
 
 class Sharing(LoadScopeScheduling):
-    """Tests that share something run in one process of ``pytest -n``: those of a file; those of Slurm, and of the MLflow server."""
+    """Tests that share something run in one process of ``pytest -n``.
+
+    These are the tests of a file, those of Slurm, and those of the MLflow server.
+    """
 
     def _split_scope(self, nodeid):
         file, _, _ = nodeid.partition("::")

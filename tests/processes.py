@@ -19,9 +19,9 @@ IMPORTED = ["timm", "deepspeed", "mlflow"]  # once for all; not FFCV, which star
 
 
 def run_on(count: int, function: Callable[..., None], *arguments: object) -> None:
-    """``function(rank, count, port, *arguments)`` on ``count`` new processes; an error of any is raised here.
+    """``function(rank, count, port, *arguments)`` on ``count`` new processes.
 
-    They have the environment of the first call.
+    An error of any is raised here. They have the environment of the first call.
     """
     multiprocessing.set_forkserver_preload(IMPORTED)
     mp.start_processes(function, args=(count, free_port(), *arguments), nprocs=count, start_method="forkserver")

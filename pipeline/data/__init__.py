@@ -47,7 +47,8 @@ def _load_openmp() -> None:
 
 _load_openmp()
 _threads = torch.get_num_threads()
-# FFCV makes a dictionary of two words when it is imported. As one of numba's, it would be compiled for 6 s in each process.
+# FFCV makes a dictionary of two words when it is imported. As one of numba's, it would be compiled
+# for 6 s in each process.
 with mock.patch("numba.typed.Dict", dict):
     import ffcv  # noqa: F401
 torch.set_num_threads(_threads)  # importing FFCV has set it to 1

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ffcv.fields.rgb_image import IMAGE_MODES
 from ffcv.types import HeaderType
 from small_data import damage, recipe, stored
 
@@ -267,3 +268,7 @@ print("only 1 processors" in str(caught[0].message), sum(_decode.stats.cache_hit
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     expected = hashlib.sha256(b"".join(batch.images.numpy().tobytes() for batch in augmented[1])).hexdigest()
     assert run.stdout.split() == [expected, expected, "True", "1", "0"], run.stderr
+
+
+def test_importing_ffcv_compiles_nothing():
+    assert type(IMAGE_MODES) is dict  # numba's own would be compiled in every process
