@@ -2,29 +2,24 @@
 
 import argparse
 import atexit
-import errno
 import gc
-import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pipeline
 from pipeline.caches import use_local_caches
-from pipeline.errors import UserError, report
+from pipeline.errors import UserError, report, tracebacks_wanted
+from pipeline.files import AWAY, FAILING, FULL, PATH
 from pipeline.shipped import find_recipe, listing
 
 RECIPE = "YAML file, or the name of a ready-made recipe: see `coda recipes`"
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-FULL = (errno.ENOSPC, errno.EDQUOT)  # no room on the disk, or none left in a quota
-# Of a disk that is full or failing: it may be well again when the job script tries once more.
-DISK = {*FULL, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO, errno.EHOSTDOWN, errno.ESHUTDOWN}
-# Of a path that does not exist, is not allowed or cannot be what it should: trying again changes nothing.
-PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EXDEV}
-PATH |= {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 # Before it ends, the interpreter would search all that it has loaded for garbage: 3 s of a processor, while Slurm waits.
 atexit.register(gc.freeze)
@@ -52,12 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:  # trying again would not heal it
         return _failed("mistake", _import_failure(error, options))
     except OSError as error:
-        if error.errno in DISK:
-            remedy = "; make room there and start the same command again" if error.errno in FULL else ""
-            return _failed("disk", f"{error}{remedy}")
-        if error.errno in PATH or (error.errno is None and not isinstance(error, ConnectionError | TimeoutError)):
-            return _failed("mistake", " ".join(str(error).split()))  # without a number: a library says in words what it cannot open
-        raise
+        if (kind := _kind(error)) is None:
+            raise
+        remedy = "; make room there and start the same command again" if error.errno in FULL else ""
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _failed(kind, " ".join(text.split()) + remedy)
     except KeyboardInterrupt:
         print("coda: interrupted; the same command continues where this one was stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -65,10 +59,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _failed(event: str, text: str) -> int:
     report(event)
-    if os.environ.get("CODA_TRACEBACK") == "1":
+    if tracebacks_wanted():
         traceback.print_exc()
     print(f"coda: {text}", file=sys.stderr)
     return EXIT_USER_ERROR
+
+
+def _kind(error: OSError) -> Literal["disk", "mistake"] | None:
+    """What ``error`` is about, if that is understood. Libraries for the network raise OSErrors, too."""
+    if error.errno in FULL | FAILING or (error.errno in AWAY and error.filename):
+        return "disk"
+    of_path = error.errno in PATH and error.filename
+    # ctypes says in words, without a number, which library it cannot load.
+    of_library = type(error) is OSError and error.errno is None and re.search(r"\.so\b", str(error))
+    return "mistake" if of_path or of_library else None
 
 
 def _register_models() -> None:

@@ -197,20 +197,39 @@ def gather_across_ranks(value: object) -> list:
 
 
 def together(step: Callable[[], object], *, main_only: bool = False) -> None:
-    """Do ``step`` on all processes (or the main one) and wait for it; if it fails on one, fail on all, and none is left waiting.
+    """Do ``step`` on all processes, or the main one; if it fails on one, fail on all.
+
+    No process is left waiting for another that has failed.
 
     Raises:
-        UserError, OSError: what ``step`` raised on the first process that failed.
+        Exception: what ``step`` raised on this process; else what it raised on the first that
+            failed, which is a RuntimeError here if it was neither a UserError nor an OSError there.
     """
-    failure: UserError | OSError | None = None
+    failure: Exception | None = None
     try:
-        if not main_only or not dist.is_initialized() or dist.get_rank() == 0:
+        if not main_only or _rank() == 0:
             step()
-    except (UserError, OSError) as error:
+    except Exception as error:  # told to the waiting processes, then raised
         failure = error
-    for found in gather_across_ranks(failure):
+    known = failure is None or isinstance(failure, UserError | OSError)
+    told = failure if known else RuntimeError(f"process {_rank()} failed: {failure!r}")
+    answers = gather_across_ranks(told)
+    if failure is not None:
+        raise failure
+    for found in answers:
         if found is not None:
             raise found
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether ``error`` says that another process of the group is gone, or does not answer."""
+    if isinstance(error, dist.DistError):  # NCCL's, and the store's
+        return True
+    return type(error) is RuntimeError and "gloo/transport" in str(error)
 
 
 def barrier() -> None:

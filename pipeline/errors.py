@@ -9,6 +9,11 @@ class UserError(Exception):
     """Bad input from outside (recipe, file, checkpoint, environment): says what is wrong, where, and what would be valid."""
 
 
+def tracebacks_wanted() -> bool:
+    """Whether the user asks for the traceback of each error, also of one that is told in a line."""
+    return os.environ.get("CODA_TRACEBACK") == "1"
+
+
 def report(event: str, value: int = 0) -> None:
     """Tell the job script, which cannot rely on srun's exit code: append to this process's file in CODA_REPORTS, if that is set."""
     if folder := os.environ.get("CODA_REPORTS"):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from pipeline.errors import UserError
 from pipeline.export import class_names, find_export, load_export
-from pipeline.images import CENTRE_SHARE, decode, read_file
+from pipeline.images import CENTRE_SHARE, BrokenImage, decode, read_file
 from pipeline.interpret.explain import Layer, exact_layers, explainable_layers, layer_contributions
 from pipeline.interpret.page import Section, write_page
 from pipeline.interpret.plots import contribution_sheet, overlay
@@ -185,8 +185,9 @@ def _image_names(source: Path) -> list[str]:
 def _read(root: Path, name: str) -> Image.Image:
     try:
         return decode(read_file(root / name))
-    except Exception as error:  # Pillow's readers raise their own kinds on damaged files
-        raise UserError(f"{root / name}: cannot be read as an image ({' '.join(str(error).split()) or type(error).__name__})") from error
+    except (BrokenImage, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{root / name}: cannot be read as an image ({reason})") from error
 
 
 def _class_index(wanted: str, classes: Sequence[str]) -> int:

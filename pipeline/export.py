@@ -9,9 +9,11 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import yaml
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
 
@@ -54,10 +56,7 @@ def class_names(folder: Path) -> list[str]:
     Raises:
         UserError: the export is damaged.
     """
-    try:
-        return list(json.loads((folder / "config.json").read_text())["label_names"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"export {folder}: config.json names no classes; `coda export RUN` writes it anew") from error
+    return list(_description(folder)["label_names"])
 
 
 def load_export(folder: Path) -> nn.Module:
@@ -66,7 +65,34 @@ def load_export(folder: Path) -> nn.Module:
     Raises:
         UserError: the export is damaged.
     """
+    _description(folder)
     try:
         return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    except Exception as error:  # timm, json and safetensors each raise their own on a damaged file
-        raise UserError(f"export {folder}: cannot be loaded: {error}; `coda export RUN` writes it anew") from error
+    except (SafetensorError, RuntimeError) as error:
+        known = ("Error(s) in loading state_dict", "No suitable checkpoints")
+        if isinstance(error, RuntimeError) and not str(error).startswith(known):
+            raise
+        raise _damaged(folder, " ".join(str(error).split())) from error
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    """config.json, checked as far as timm takes it on trust."""
+    try:
+        tree = json.loads((folder / "config.json").read_text())
+    except (FileNotFoundError, ValueError) as error:
+        raise _damaged(folder, f"config.json: {error}") from error
+    keys = {"architecture": str, "num_classes": int, "label_names": list, "pretrained_cfg": dict}
+    for key, kind in keys.items():
+        if not isinstance(tree, dict) or not isinstance(tree.get(key), kind):
+            raise _damaged(folder, f"config.json says no {key}")
+    if not timm.is_model(tree["architecture"]):
+        raise _damaged(folder, f"config.json names {tree['architecture']!r}, which timm does not know")
+    if len(tree["label_names"]) != tree["num_classes"]:
+        raise _damaged(folder, f"config.json names {len(tree['label_names'])} of {tree['num_classes']} classes")
+    if not isinstance(tree.get("model_args", {}), dict):
+        raise _damaged(folder, "config.json: model_args must be a mapping")
+    return tree
+
+
+def _damaged(folder: Path, reason: str) -> UserError:
+    return UserError(f"export {folder}: cannot be loaded: {reason}; `coda export RUN` writes it anew")

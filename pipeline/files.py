@@ -1,8 +1,18 @@
 """Files that are either complete or absent, and the file systems that they lie on."""
 
+import errno
 import os
 import re
 from pathlib import Path
+
+FULL = {errno.ENOSPC, errno.EDQUOT}  # no room on the disk, or none left in a quota
+# Only a disk says these, which may be well again when the job script tries once more.
+FAILING = {errno.EIO, errno.ESTALE, errno.EREMOTEIO}
+# The network says these, too. With a file's name they are of a disk on the network.
+AWAY = {errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ESHUTDOWN}
+# Of a path that does not exist, is not allowed or cannot be what it should: trying again changes nothing.
+PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EXDEV, errno.EFBIG}
+PATH |= {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 # SQLite's locks are not safe there.
 NETWORK_FILE_SYSTEMS = (

@@ -19,6 +19,10 @@ MAX_FILE_BYTES = 1 << 29
 CENTRE_SHARE = 224 / 256  # side of the evaluation crop / shorter side of the stored image
 
 
+class BrokenImage(ValueError):
+    """An image that cannot be decoded or shown: says why."""
+
+
 def is_image(name: str) -> bool:
     """Whether a file's name ends like that of an image. Hidden files are none: some systems leave ``._x.png`` behind."""
     base = name.rpartition("/")[2]
@@ -50,29 +54,38 @@ def decode(content: bytes) -> Image.Image:
     Greyscale, palettes and CMYK are converted, 16-bit values scaled to 8 bits, transparency is dropped.
 
     Raises:
-        Exception: of many kinds, as Pillow's decoders do: broken, empty, floating-point, or above Pillow's limit of 89 million pixels.
+        BrokenImage: damaged, empty, floating-point, or above Pillow's limit of 89 million pixels.
     """
     if not content:
-        raise ValueError("is empty")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # damaged EXIF data, for example
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            image = Image.open(BytesIO(content), formats=FORMATS)
-        except UnidentifiedImageError:
-            raise ValueError(f"is no image, or none of the formats {', '.join(FORMATS)}") from None
-        with image:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
+        raise BrokenImage("is empty")
+    try:
+        image = _load(content)
+    except UnidentifiedImageError:
+        raise BrokenImage(f"is not an image, or not in one of the formats {', '.join(FORMATS)}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged bytes
+        raise BrokenImage(" ".join(str(error).split()) or type(error).__name__) from error
     return to_rgb(image)
 
 
+def _load(content: bytes) -> Image.Image:
+    """All that Pillow does with an image's bytes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # damaged EXIF data, for example
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(BytesIO(content), formats=FORMATS) as image:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return image
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded image of any mode as 8-bit RGB. Raises ValueError: floating-point values, whose range nobody knows."""
+    """A decoded image of any mode as 8-bit RGB. Raises BrokenImage: values are floating-point, of unknown range."""
     if image.mode == "RGB":
         return image
     if image.mode == "F":
-        raise ValueError("has floating-point values; convert it to 8 or 16 bits")
+        raise BrokenImage("has floating-point values; convert it to 8 or 16 bits")
     if image.mode.startswith("I"):  # convert() would clip 16-bit values at 255
         image = Image.fromarray(np.clip(np.round(np.asarray(image) / 257), 0, 255).astype(np.uint8))
     return image.convert("RGB")

@@ -165,9 +165,10 @@ class Recipe:
     def identity(self) -> dict[str, Any]:
         """The values that decide the weights, by dotted key: a run is resumed only with the same ones."""
         data = ("path", "prepared", "workers", "storage", "scratch", "chunk_size", "broken_images")
-        places = ("runs", "evaluation", "tracking", *(f"data.{key}" for key in data))
-        free = (*places, "training.micro_batch_size", "training.checkpoint_every_updates")
-        return {key: value for key, value in flatten(self.to_dict()).items() if not key.startswith(free)}
+        free = {"runs", "evaluation", "tracking", *(f"data.{key}" for key in data)}
+        free |= {"training.micro_batch_size", "training.checkpoint_every_updates"}
+        keys = flatten(self.to_dict())
+        return {key: value for key, value in keys.items() if key not in free and key.partition(".")[0] not in free}
 
     def micro_batch(self, world_size: int) -> tuple[int, int]:
         """Images per process and backward pass, and backward passes per update.

@@ -6,8 +6,10 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
+import requests
 import yaml
 from PIL import Image
 from recipes_for_tests import small_recipe
@@ -97,7 +99,14 @@ def test_only_a_disk_that_is_full_or_failing_is_worth_another_try(number, event,
     assert (tmp_path / "events-0").read_text() == f"{event} 0\n"
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EINVAL, "x"), ConnectionResetError("x"), TimeoutError("x"), ValueError("x")], ids=repr)
+NOT_UNDERSTOOD = [
+    *(OSError(number, "x") for number in (errno.EINVAL, errno.ETIMEDOUT, errno.EACCES)),  # no file has a part in it
+    *(ConnectionResetError("x"), TimeoutError("x"), ValueError("x"), OSError("in words")),
+    *(requests.ConnectionError("x"), URLError("x")),  # OSErrors of the network
+]
+
+
+@pytest.mark.parametrize("error", NOT_UNDERSTOOD, ids=repr)
 def test_what_is_not_understood_keeps_its_traceback(error, tmp_path, monkeypatch):
     def raises():
         raise error

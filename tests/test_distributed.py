@@ -147,6 +147,23 @@ def _fail_on(failing, rank):
         raise OSError(f"disk of {rank} is full")
 
 
+def _fail_in_its_own_way(rank, size, port, results):
+    stand_as(rank, size, port)
+    with process_group(timeout_seconds=60):
+        try:
+            together(lambda: {}["nothing"], main_only=True)
+        except Exception as error:
+            results.put((rank, repr(error)))
+
+
+def test_an_error_that_nobody_foresaw_is_itself_where_it_happened():
+    results = get_context("forkserver").SimpleQueue()
+    run_on(2, _fail_in_its_own_way, results)
+    seen = dict(results.get() for _ in range(2))
+    assert seen[0] == "KeyError('nothing')"
+    assert "process 0 failed" in seen[1] and seen[1].startswith("RuntimeError")
+
+
 def test_collectives_of_two_processes():
     results = get_context("forkserver").SimpleQueue()
     run_on(2, _member, results)

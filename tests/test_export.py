@@ -1,5 +1,6 @@
 """An export is loaded by timm alone, with the logits of the run."""
 
+import json
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from recipes_for_tests import small_recipe
 from pipeline.cli import main
 from pipeline.errors import UserError
 from pipeline.export import export, find_export, load_export
+from pipeline.recipe import ModelRecipe
 from pipeline.training.model import build_model
 
 ALONE = """
@@ -62,6 +64,48 @@ def test_missing_and_damaged_exports_are_one_line(tmp_path, capsys):
         load_export(tmp_path / "export")
     assert main(["export", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("{", "config.json"),
+        ("[]", "architecture"),
+        ({"architecture": "coda_sx"}, "coda_sx"),
+        ({"num_classes": 7}, "10 of 7 classes"),
+        ({"model_args": [1]}, "model_args"),
+        ({"model_args": {}}, "size mismatch"),  # of another rank
+    ],
+)
+def test_a_damaged_description_is_one_line(tmp_path, change, said):
+    recipe = small_recipe(tmp_path)
+    export(build_model(recipe.model, 10), recipe, range(10), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change) if isinstance(change, dict) else change)
+    with pytest.raises(UserError, match=said) as error:
+        load_export(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [TypeError("ours"), torch.OutOfMemoryError("CUDA out of memory")], ids=repr)
+def test_what_is_not_the_models_fault_is_raised(tmp_path, monkeypatch, error):
+    def create_model(*_, **__):
+        raise error
+
+    recipe = small_recipe(tmp_path)
+    export(build_model(recipe.model, 10), recipe, range(10), tmp_path)
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(type(error)):
+        load_export(tmp_path)
+    with pytest.raises(type(error)):
+        build_model(recipe.model, 10)
+
+
+@pytest.mark.parametrize("args", [{"rank": "three"}, {"rank": 0}, {"temperature": "hot"}, {"coda_width": 1.5}, {"ranks": 3}])
+@pytest.mark.parametrize("name", ["coda_s", "coda_resnet20"])
+def test_arguments_that_a_model_refuses_are_one_line(name, args):
+    with pytest.raises(UserError, match=next(iter(args))):
+        build_model(ModelRecipe(name, args), 10)
 
 
 def test_the_names_are_timms():

@@ -1,13 +1,15 @@
 """Recipes: every ready-made one loads, and every mistake gets one line that names the field and the remedy."""
 
 import dataclasses
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import yaml
+from recipes_for_tests import small_recipe
 
 from pipeline.errors import UserError
-from pipeline.recipe import from_dict, load, load_stored
+from pipeline.recipe import DataRecipe, flatten, from_dict, load, load_stored
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "recipes" / "digits_coda_resnet20.yaml"
@@ -143,3 +145,20 @@ def test_only_what_decides_the_weights_identifies_a_run():
     elsewhere = load(DIGITS, ["data.workers=1", "runs=/elsewhere", "evaluation.grids=7", "tracking.uri=http://localhost:1"])
     assert recipe.identity() == elsewhere.identity()
     assert recipe.identity() != dataclasses.replace(recipe, seed=9).identity()
+
+
+@dataclass(frozen=True)
+class _Wider(DataRecipe):
+    """Data settings of a later version: keys that begin like ones that decide nothing."""
+
+    path_rule: str = "any"
+    workers_rule: str = "any"
+
+
+def test_only_whole_keys_are_left_out_of_the_identity(tmp_path):
+    recipe = small_recipe(tmp_path)
+    wider = replace(recipe, data=_Wider(**vars(recipe.data)))
+    assert set(wider.identity()) - set(recipe.identity()) == {"data.path_rule", "data.workers_rule"}
+    free = set(flatten(recipe.to_dict())) - set(recipe.identity())
+    assert {"runs", "data.path", "data.workers", "evaluation.grids", "tracking.uri"} <= free
+    assert not free & {"name", "seed", "data.source", "training.epochs"}

@@ -16,7 +16,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import PIL
-import torch.distributed as dist
 import xxhash
 from tqdm import tqdm
 
@@ -26,7 +25,7 @@ from pipeline.data.manifest import NAME, Manifest, SplitFile, measure, open_mani
 from pipeline.data.sources import Split, open_source
 from pipeline.data.sources.images import largest_bytes
 from pipeline.data.writers import write_chunks
-from pipeline.distributed import gather_across_ranks
+from pipeline.distributed import together
 from pipeline.errors import UserError
 from pipeline.recipe import DataRecipe, Recipe
 
@@ -41,19 +40,10 @@ def prepare(recipe: Recipe) -> Path:
         the folder: ``recipe.data.folder``.
 
     Raises:
-        UserError: on every process. Unknown or broken source, a broken image, a full disk, or a folder of other data settings.
+        UserError: on every process. Unknown or broken source, a broken image, or a folder of other data settings.
+        OSError: on every process. A disk that is full or failing, or a folder that cannot be written.
     """
-    failure: Exception | None = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            _prepare(recipe.data)
-        except Exception as error:  # told to the waiting processes first
-            failure = error
-    message = gather_across_ranks(failure and (str(failure) or repr(failure)))[0]
-    if failure:
-        raise failure
-    if message:
-        raise UserError(message)
+    together(lambda: _prepare(recipe.data), main_only=True)
     return recipe.data.folder
 
 
@@ -66,9 +56,10 @@ def _prepare(data: DataRecipe) -> None:
             if not _is_prepared(data):
                 _write_all(data)
     except OSError as error:
-        raise UserError(
-            f"{data.folder}: cannot be written ({error.strerror or error}); when that is remedied, the same command continues"
-        ) from error
+        if error.errno is None:
+            raise
+        reason = f"{error.strerror}; when that is remedied, the same command continues"
+        raise OSError(error.errno, reason, str(error.filename or data.folder)) from error
 
 
 def _is_prepared(data: DataRecipe) -> bool:

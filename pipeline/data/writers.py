@@ -31,6 +31,7 @@ from pipeline.data.load import threads
 from pipeline.data.sources import Split
 from pipeline.data.sources.images import fit
 from pipeline.errors import UserError
+from pipeline.images import BrokenImage
 from pipeline.recipe import DataRecipe
 
 SYNC_SECONDS = 1  # at most so much work is lost when the machine fails
@@ -173,7 +174,12 @@ class _Writing:
 
 
 def _messages(processes: dict[Connection, ForkProcess], path: Path) -> Iterator[tuple[Connection, Any]]:
-    """Everything that the processes say, until all have ended. Raises UserError: one has not ended well."""
+    """Everything that the processes say, until all have ended.
+
+    Raises:
+        UserError: one was killed.
+        RuntimeError: one has failed.
+    """
     speaking = list(processes)
     while speaking:
         for connection in wait(speaking):
@@ -184,8 +190,10 @@ def _messages(processes: dict[Connection, ForkProcess], path: Path) -> Iterator[
                 speaking.remove(connection)
                 processes[connection].join()
                 if code := processes[connection].exitcode:
+                    if code > 0:
+                        raise RuntimeError(f"{path}: a writer process failed; its error is above") from None
                     raise UserError(
-                        f"{path}: a writer process ended with code {code} (-9: killed, often out of memory; 1: its error is above); "
+                        f"{path}: a writer process was ended by signal {-code} (9 often means that memory was short); "
                         "free the resource and prepare again: it continues"
                     ) from None
             else:
@@ -248,12 +256,13 @@ class _Encoder:
         broken: list[tuple[int, str]] = []
         for index in indices:
             try:
-                pixels = fit(self.split.read(index), self.data, self.split.fixed_size)
-            except Exception as error:  # Pillow's decoders raise their own kinds on damaged files
-                if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_THE_IMAGE:
+                image = self.split.read(index)
+            except (BrokenImage, OSError) as error:
+                if isinstance(error, OSError) and error.errno in NOT_THE_IMAGE:
                     raise
                 broken.append((index, " ".join(str(error).split()) or type(error).__name__))
                 continue
+            pixels = fit(image, self.data, self.split.fixed_size)
             slot = images[len(content) : len(content) + 1]
             content.append(self._bytes(slot, pixels, bool(self.as_jpg[index])))
             slot["source"], slot["size"] = index, len(content[-1])

@@ -150,6 +150,8 @@ INPUT_METHODS: dict[str, InputMethod] = {
 }
 METHODS = ("contributions", *INPUT_METHODS, "gradcam")
 NEED_RELU = ("guided_backprop", "deep_lift")
+# What captum says of models that DeepLift cannot read.
+DEEP_LIFT_REFUSES = ("required for DeepLift", "maxpool modul", "is being modified inplace")
 BY_LAYER = ("contributions", "input_x_gradient", "gradcam")  # methods that are defined at intermediate layers
 
 
@@ -218,7 +220,7 @@ def _at_input(method: str, net: Encoded, encoded: Tensor, black: Tensor, targets
     try:
         return INPUT_METHODS[method](net, encoded, black, targets)
     except (AssertionError, RuntimeError) as error:
-        if method != "deep_lift":
+        if method != "deep_lift" or not any(words in str(error) for words in DEEP_LIFT_REFUSES):
             raise
         reason = str(error).splitlines()[0]
         raise UserError(f"method deep_lift cannot read this model ({reason}); leave it out") from error

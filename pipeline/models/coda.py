@@ -7,7 +7,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from pipeline.models.coda_base import LOGIT_BIAS, CoDAStagedNet, build_coda, default_cfg
-from pipeline.models.dau import DAUConv2d, Norm
+from pipeline.models.dau import DAUConv2d, Norm, require_whole
 
 
 class CoDANet(CoDAStagedNet):
@@ -40,6 +40,13 @@ class CoDANet(CoDAStagedNet):
         in_chans: int = 3,
         global_pool: str = "sum",
     ):
+        layers = {"kernels": kernels, "strides": strides, "units": units, "ranks": ranks}
+        for name, sizes in layers.items():
+            if isinstance(sizes, str) or not isinstance(sizes, Sequence):
+                raise ValueError(f"{name} is {sizes!r}; it must be a list of whole numbers, one for each layer")
+            require_whole(**{f"{name}[{index}]": size for index, size in enumerate(sizes)})
+        scales = {"rank": rank, "coda_width": coda_width}
+        require_whole(**{name: size for name, size in scales.items() if size is not None})
         *layer_ranks, head_rank = _scaled([*ranks, head_rank], rank)
         stages: dict[str, nn.Sequential] = {}
         info: list[dict[str, Any]] = []

@@ -105,8 +105,8 @@ class CoDAStagedNet(StagedNet):
         logit_bias: float,
         **kwargs: Any,
     ):
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}; it must be positive")
+        if not isinstance(temperature, int | float) or not temperature > 0:
+            raise ValueError(f"temperature is {temperature!r}; it must be a positive number")
         self._head_args: dict[str, Any] = dict(
             width=head_width, kernel=head_kernel, rank=head_rank, norm=norm, temperature=temperature, logit_bias=logit_bias
         )

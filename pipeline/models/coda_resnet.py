@@ -13,7 +13,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, make_blocks
 from torch import Tensor, nn
 
 from pipeline.models.coda_base import LOGIT_BIAS, CoDAStagedNet, build_coda, default_cfg
-from pipeline.models.dau import DAUConv2d, Norm
+from pipeline.models.dau import DAUConv2d, Norm, require_whole
 from pipeline.models.pretrained import load_backbone
 from pipeline.models.staged import StagedNet, build
 
@@ -98,8 +98,9 @@ class CoDAResNet(CoDAStagedNet):
         in_chans: int = 3,
         global_pool: str = "sum",
     ):
-        if not 0 <= conv_stages <= len(layers):
-            raise ValueError(f"conv_stages is {conv_stages}; this network has stages 0 to {len(layers)}")
+        require_whole(rank=rank, coda_width=coda_width, coda_layers=coda_layers)
+        if type(conv_stages) is not int or not 0 <= conv_stages <= len(layers):
+            raise ValueError(f"conv_stages is {conv_stages!r}; this network has stages 0 to {len(layers)}")
         stages, info = _conventional(2 * in_chans, block, layers[:conv_stages], channels[:conv_stages], stem_channels, small_images)
         for index in range(conv_stages, len(layers)):
             name, before = f"stage{index + 1}", info[-1]

@@ -12,6 +12,13 @@ Norm = Literal["sq", "l2", "wb"]
 NORM2_FLOOR = 1e-12  # below it a weight counts as zero: its rescaling is constant there, so that gradients stay finite
 
 
+def require_whole(**sizes: object) -> None:
+    """Raise ValueError if one of ``sizes`` is not a whole number of at least 1."""
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{name} is {size!r}; it must be a whole number of at least 1")
+
+
 class DAUConv2d(nn.Module):
     """Convolution whose weights are computed from each patch, y_o = g(A_o B x + b_o)^T x.
 
@@ -48,8 +55,7 @@ class DAUConv2d(nn.Module):
         super().__init__()
         if norm not in get_args(Norm):
             raise ValueError(f"norm is {norm!r}; valid: {', '.join(get_args(Norm))}")
-        if rank < 1:
-            raise ValueError(f"rank is {rank}; it must be at least 1")
+        require_whole(rank=rank)
         fan_in = in_channels * kernel_size**2
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
         self.stride, self.padding, self.rank, self.norm = stride, padding, rank, norm

@@ -9,16 +9,20 @@ pads its normalised image with 0, and the hybrid both halves of its encoding.
 """
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import adapt_input_conv, load_state_dict
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
 FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+# What torch, safetensors, timm and the hub raise on weights that are damaged or cannot be fetched.
+UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, UnpicklingError, SafetensorError)
 FIRST = "stem.conv1.weight"
 
 
@@ -60,7 +64,9 @@ def _read(source: str) -> tuple[State, tuple[float, ...], tuple[float, ...]]:
         else:
             pretrained: Any = timm.create_model(source, pretrained=True)
             state, mean, std = pretrained.state_dict(), pretrained.pretrained_cfg["mean"], pretrained.pretrained_cfg["std"]
-    except Exception as error:  # timm, torch, safetensors and the hub each raise their own
+    except UNREADABLE as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"pretrained_backbone {source!r} cannot be read: {reason}") from error
     if FIRST in state:  # this project's own ResNets read images in [0, 1]
@@ -101,7 +107,8 @@ def adapt_checkpoint(state: State, model: Any) -> State:
         if key.startswith(first_layer) and key in own and own[key].shape != value.shape and value.ndim > 1:
             if value.ndim == 4:
                 value = _adapt_halves(value, model.in_chans)
-            else:  # A (O, d, r) and b (O, d) of a DAU, d ordered row, column, channel
+            elif own[key].shape[::2] == value.shape[::2]:
+                # A (O, d, r) and b (O, d) of a DAU, d ordered row, column, channel
                 taps = own[key].shape[1] // (2 * model.in_chans)
                 by_channel = value.reshape(len(value), taps, value.shape[1] // taps, -1).transpose(1, 2)
                 value = _adapt_halves(by_channel, model.in_chans).transpose(1, 2).reshape(own[key].shape)

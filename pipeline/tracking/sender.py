@@ -151,7 +151,7 @@ def _sync_run(folder: Path, overrides: list[str]) -> int:
     try:
         for lines in tqdm(Sender(recipe, folder).send(), desc=f"sync {folder.name}", unit=" batches", disable=None):
             sent += lines
-    except Exception as error:  # of MLflow, of a database driver or of the network: the store cannot be reached
+    except store_errors() as error:
         raise UserError(f"{folder}: MLflow took {sent} lines, then failed; sync again later: {error!r:.300}") from error
     return sent
 
@@ -190,6 +190,15 @@ def mlflow_client(uri: str) -> "MlflowClient":
     if database := sqlite_file(uri):
         database.parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(uri, uri)
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """What MLflow's client raises where a store cannot be reached, or refuses something."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, RequestException, SQLAlchemyError
 
 
 def sqlite_file(uri: str) -> Path | None:

@@ -174,6 +174,6 @@ def _check_database(uri: str) -> None:
         engine = sqlalchemy.create_engine(uri)
         engine.connect().close()
         engine.dispose()
-    except Exception as error:  # of any driver: no such file, host, database or user
+    except sqlalchemy.exc.SQLAlchemyError as error:  # no such file, host, database or user
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         raise UserError(f"--backend-store-uri {uri.rpartition('@')[2]}: cannot be opened: {reason}") from error

@@ -67,6 +67,6 @@ def _monitors() -> list:
     for of_gpus in (GPUMonitor, ROCMMonitor):
         try:
             monitors.append(of_gpus())
-        except Exception:  # whatever stands between MLflow and a driver: there are no such GPUs to watch
+        except (ImportError, RuntimeError):  # no package for such GPUs, or no driver
             continue
     return monitors

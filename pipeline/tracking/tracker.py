@@ -14,11 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.distributed import World
+from pipeline.errors import tracebacks_wanted
 from pipeline.files import network_file_system
 from pipeline.recipe import STORED, Recipe, flatten
 from pipeline.tracking.journal import JOURNAL, RUN_KEY, Journal
 from pipeline.tracking.names import METRICS
-from pipeline.tracking.sender import Sender, check_uri, sqlite_file
+from pipeline.tracking.sender import Sender, check_uri, sqlite_file, store_errors
 from pipeline.tracking.system import SystemMonitor
 
 log = logging.getLogger(__name__)
@@ -218,9 +219,12 @@ class _JournalTracker(Tracker):
                 for _ in self._sender.send():
                     pass
                 failures = 0
-            except Exception as error:  # of MLflow, a database driver or the network: the journal keeps it, try again
+            except Exception as error:  # the journal keeps what was not sent, and training goes on
                 if not failures:
-                    log.warning("MLflow cannot be reached; training goes on, the journal is sent later: %.300r", error)
+                    known = isinstance(error, store_errors() + (OSError,))
+                    reason = "MLflow cannot be reached" if known else "sending to MLflow fails"
+                    trace = tracebacks_wanted() or not known
+                    log.warning("%s; training goes on, the journal is sent later: %.300r", reason, error, exc_info=trace)
                 failures += 1
             pause = min(_SEND_SECONDS * 2**failures, _BACK_OFF_SECONDS)
             request.set()

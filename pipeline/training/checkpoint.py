@@ -76,10 +76,9 @@ class Checkpoints:
             together(lambda: self._publish(temporary, updates), main_only=True)
         except OSError as error:
             newest = next((path.name for path in _published(self.folder)), None)
-            raise OSError(
-                f"checkpoint {self.folder}/update-{updates}: cannot be written: {error.strerror}; "
-                f"{f'{newest} stays the newest' if newest else 'there is none yet'}; make room and start the same command again"
-            ) from error
+            kept = f"{newest} stays the newest" if newest else "there is none yet"
+            reason = f"cannot be written: {error.strerror or error}; {kept}"
+            raise OSError(error.errno, reason, f"checkpoint {self.folder}/update-{updates}") from error
         finally:
             if self.world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -131,6 +130,8 @@ class Checkpoints:
             for key, module in modules.items():
                 module.load_state_dict(state[key])
         except RuntimeError as error:
+            if not str(error).startswith("Error(s) in loading state_dict"):
+                raise
             raise UserError(f"checkpoint {path}: its tensors do not fit this model; give the run another name") from error
         own = path / f"rank-{self.world.rank}.pt"
         if len(list(path.glob("rank-*.pt"))) == self.world.size:
@@ -254,10 +255,11 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _valid(path: Path) -> bool:
+    """Whether the checkpoint is whole. Raises OSError: it cannot be read, which says nothing of it."""
     try:
         files = json.loads((path / "manifest.json").read_text())
         return all((path / name).stat().st_size == size and _sha256(path / name) == digest for name, (size, digest) in files.items())
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
 
 

@@ -1,6 +1,7 @@
 """What a failed run leaves for its finder: the first error of any process, and where each process stood when nothing moved."""
 
 import faulthandler
+import logging
 import os
 import signal
 import traceback
@@ -8,9 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.distributed import World
-from pipeline.errors import UserError
+from pipeline.distributed import World, lost_peer
+from pipeline.errors import UserError, tracebacks_wanted
+from pipeline.files import FULL
 from pipeline.training.stop import Stop
+
+log = logging.getLogger(__name__)
 
 FIRST_ERROR = "first_error.txt"
 STACKS = "stacks"
@@ -21,17 +25,19 @@ def first_error(folder: Path, world: World, stop: Stop) -> Iterator[None]:
     """Keep the first exception of any process in ``folder``/first_error.txt; of an earlier start's, only until the next.
 
     One failure brings many: the others lose their connection. A process that was asked to stop and then loses its connection has
-    peers that were faster to leave, which is no error. A user's mistake that is found before there is a run leaves none behind.
+    peers that were faster to leave: it leaves as they did. Any other exception is kept, asked to stop or not. A user's mistake that is
+    found before there is a run leaves no file behind.
     """
     path = folder / FIRST_ERROR
     try:
         yield
     except Exception as error:
-        if stop.asked and not isinstance(error, UserError | OSError):
+        if stop.asked and lost_peer(error):
+            log.warning("asked to stop; the other processes have left: %s", error, exc_info=tracebacks_wanted())
             stop.leave()
         if isinstance(error, UserError) and not folder.exists():
             raise
-        if isinstance(error, OSError) and error.errno and not error.filename:
+        if isinstance(error, OSError) and error.errno in FULL and not error.filename:
             error.filename = str(folder)  # a write into an open file says only that the disk is full, not which
         try:
             _write_first(path, world, error)

@@ -1,6 +1,8 @@
 """A model from a recipe's name and arguments."""
 
 import difflib
+from collections.abc import Mapping
+from typing import Any
 
 import timm
 from torch import nn
@@ -27,4 +29,15 @@ def build_model(model: ModelRecipe, num_classes: int, *, fresh: bool = True) -> 
     try:
         return timm.create_model(model.name, num_classes=num_classes, **args)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        if not _about_arguments(error, model.args):
+            raise
         raise UserError(f"model {model.name} cannot be built with model.args {dict(model.args)}: {error}") from error
+
+
+def _about_arguments(error: Exception, args: Mapping[str, Any]) -> bool:
+    """Whether a model, which was given ``args``, refuses one of them, or weights that they name do not fit."""
+    if isinstance(error, TypeError):
+        return any(f"unexpected keyword argument '{name}'" in str(error) for name in args)
+    if isinstance(error, RuntimeError):
+        return str(error).startswith(("Error(s) in loading state_dict", "No pretrained weights exist"))
+    return bool(args)  # timm asserts, and our models raise ValueError

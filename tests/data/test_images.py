@@ -72,8 +72,8 @@ def bomb(side: int) -> bytes:
     ("content", "words"),
     [
         pytest.param(b"", "empty", id="empty"),
-        pytest.param(b"no image", "no image", id="text"),
-        pytest.param(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image", id="postscript"),
+        pytest.param(b"no image", "not an image", id="text"),
+        pytest.param(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image", id="postscript"),
         pytest.param(encoded(COLOUR, "PNG")[:200], "truncated", id="cut png"),
         pytest.param(encoded(COLOUR, "JPEG")[:400], "Truncated", id="cut jpeg"),
         pytest.param(encoded(Image.fromarray(RAMP.astype(np.float32)), "TIFF"), "floating-point", id="float"),
@@ -136,7 +136,7 @@ def test_skipped_images_are_listed(faulty_folder, make_recipe, capsys):
     train = open_manifest(recipe.data.folder).splits["train"]
     assert train.samples == 6 and train.class_counts == (0, 6)
     assert [where for where, _ in train.skipped] == [str(faulty_folder / f"train/cat/{number}.png") for number in range(6)]
-    reasons = "empty", "no image", "not a regular file", "No such file", "exceeds limit", "truncated"
+    reasons = "empty", "not an image", "not a regular file", "No such file", "exceeds limit", "truncated"
     printed = capsys.readouterr().err
     for (where, found), expected in zip(train.skipped, reasons, strict=True):
         assert expected in found and f"{where}: {found}" in printed

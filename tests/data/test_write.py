@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from small_data import write_images
 
+from pipeline.data import writers
 from pipeline.data.loaders import train_loader
 from pipeline.data.manifest import measure
 from pipeline.data.sources import SOURCES, Split, open_source
@@ -50,6 +51,17 @@ def one_line(error) -> str:
 
 def remains(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+
+
+def test_a_mistake_of_our_own_is_not_a_broken_image(make_recipe, monkeypatch, capfd):
+    def fit(*_):
+        raise TypeError("a mistake of our own")
+
+    monkeypatch.setattr(writers, "fit", fit)
+    recipe = make_recipe(broken_images="skip")
+    with pytest.raises(RuntimeError, match="a writer process failed"):
+        prepare(recipe)
+    assert "TypeError: a mistake of our own" in capfd.readouterr().err
 
 
 def test_prepared_folder_holds_what_its_manifest_says(digits, make_recipe):
@@ -98,7 +110,7 @@ def test_a_killed_worker_ends_the_writing(make_recipe, monkeypatch):
     recipe = make_recipe(source="faulty", workers=2)
     with pytest.raises(UserError) as error:
         prepare(recipe)
-    assert "ended with code -9" in one_line(error)
+    assert "was ended by signal 9" in one_line(error)
     assert remains(recipe.data.folder) == []
 
 

@@ -135,6 +135,23 @@ def test_methods_that_would_only_repeat_another_are_refused(method, instead):
     check_method(PlantedCoDA(conventional=True), method)
 
 
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (RuntimeError("A Module was detected that lacks what is required for DeepLift to work"), UserError),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+        (RuntimeError("shapes differ"), RuntimeError),
+    ],
+)
+def test_only_models_that_deep_lift_cannot_read_are_refused(monkeypatch, error, raised):
+    def attribute(*_, **__):
+        raise error
+
+    monkeypatch.setattr("captum.attr.DeepLift.attribute", attribute)
+    with pytest.raises(raised):
+        attribution_maps("deep_lift", PlantedCoDA(conventional=True).double(), rand(2, 3, 4, 4), TARGETS, [None])
+
+
 def test_where_methods_are_defined():
     layers = explainable_layers(PlantedCoDA(), rand(1, 3, 4, 4).float())
     for method in METHODS:

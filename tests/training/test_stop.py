@@ -6,12 +6,15 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing import get_context
 
 import pytest
+import torch
+from processes import run_on, stand_as
 from recipes_for_tests import small_recipe
 from test_loop import command, history
 
-from pipeline.distributed import World, process_group
+from pipeline.distributed import World, barrier, gather_across_ranks, process_group
 from pipeline.errors import UserError
 from pipeline.training import checkpoint, loop
 from pipeline.training.checkpoint import newest_model
@@ -130,11 +133,33 @@ def test_a_mistake_found_before_there_is_a_run_leaves_none(tmp_path):
     assert "out of memory" in (folder / "first_error.txt").read_text()
 
 
-def test_a_connection_lost_while_stopping_is_no_error(tmp_path):
-    with Stop(World()) as stop, pytest.raises(SystemExit) as left, first_error(tmp_path, World(), stop):
+def _leave_or_lose(rank, size, port, folder, results):
+    """Both are asked to stop; the second process is gone before the first can tell it anything."""
+    stand_as(rank, size, port)
+    with process_group(timeout_seconds=60) as world, Stop(world) as stop:
         ask()
-        raise RuntimeError("Connection closed by peer")
-    assert left.value.code == REQUEUE and not list(tmp_path.iterdir())
+        barrier()
+        if rank:
+            os._exit(0)
+        try:
+            with first_error(folder, world, stop):
+                gather_across_ranks(rank)
+        except SystemExit as left:
+            results.put(left.code)
+
+
+def test_a_connection_lost_while_stopping_is_no_error(tmp_path):
+    results = get_context("forkserver").SimpleQueue()
+    run_on(2, _leave_or_lose, tmp_path, results)
+    assert results.get() == REQUEUE and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyError("step"), RuntimeError("shapes differ"), torch.OutOfMemoryError("no memory")], ids=repr)
+def test_any_other_error_while_stopping_is_kept(tmp_path, error):
+    with Stop(World()) as stop, pytest.raises(type(error)), first_error(tmp_path, World(), stop):
+        ask()
+        raise error
+    assert type(error).__name__ in (tmp_path / "first_error.txt").read_text()
 
 
 HANGS = """

@@ -22,7 +22,12 @@ class Split:
         return len(self.labels)
 
     def read(self, index: int) -> Image.Image:
-        """The image as the source has it, in RGB. Raises what its reader raises on a broken one."""
+        """The image as the source has it, in RGB.
+
+        Raises:
+            BrokenImage: it cannot be decoded.
+            OSError: its file cannot be read.
+        """
         raise NotImplementedError
 
     def describe(self, index: int) -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pipeline.data.sources.folders import class_folders
 from pipeline.data.sources.split import ArraySplit, Split
 from pipeline.errors import UserError
-from pipeline.images import to_rgb
+from pipeline.images import BrokenImage, to_rgb
 from pipeline.recipe import DataRecipe
 
 PREFIX = "torchvision."
@@ -33,7 +33,13 @@ class TorchvisionSplit(Split):
     name: str
 
     def read(self, index: int) -> Image.Image:
-        return to_rgb(self.images[index][0])
+        try:
+            image = self.images[index][0]
+        except (MemoryError, OSError):
+            raise
+        except Exception as error:  # its readers raise errors of many kinds on damaged files
+            raise BrokenImage(" ".join(str(error).split()) or type(error).__name__) from error
+        return to_rgb(image)
 
     def describe(self, index: int) -> str:
         return f"image {index} of {self.name}"
