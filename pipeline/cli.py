@@ -15,7 +15,7 @@ import pipeline
 from pipeline.caches import use_local_caches
 from pipeline.errors import UserError, report, tracebacks_wanted
 from pipeline.files import AWAY, FAILING, FULL, PATH
-from pipeline.shipped import find_recipe, listing
+from pipeline.recipe.ready_made import find_recipe, listing
 
 RECIPE = "YAML file, or the name of a ready-made recipe: see `coda recipes`"
 EXIT_USER_ERROR = 2
@@ -178,14 +178,14 @@ def _recipes(options: argparse.Namespace) -> None:
 
 def _prepare(options: argparse.Namespace) -> None:
     from pipeline.data.write import prepare
-    from pipeline.recipe import load
+    from pipeline.recipe.load import load
 
     print(prepare(load(find_recipe(options.recipe), options.overrides)))
 
 
 def _verify(options: argparse.Namespace) -> None:
     from pipeline.data.verify import verify
-    from pipeline.recipe import load
+    from pipeline.recipe.load import load
 
     data = None if Path(options.target).is_dir() else load(find_recipe(options.target), options.overrides).data
     print(verify(data.folder if data else Path(options.target), data))
@@ -193,7 +193,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from pipeline.distributed import process_group
-    from pipeline.recipe import load
+    from pipeline.recipe.load import load
 
     recipe = load(find_recipe(options.recipe), options.overrides)
     with process_group() as world:
@@ -207,7 +207,7 @@ def _train(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from pipeline.devices import GPUS, cpu_profile
     from pipeline.plan import Cluster, Plan, cpu_report
-    from pipeline.recipe import load
+    from pipeline.recipe.load import load
 
     recipe = load(find_recipe(options.recipe), options.overrides)
     for name in ("nodes", "gpus_per_node", "images"):
@@ -223,7 +223,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from pipeline.export import FOLDER, export
-    from pipeline.recipe import load_stored
+    from pipeline.recipe.load import load_stored
     from pipeline.training.checkpoint import newest_model
     from pipeline.training.model import build_model
 
@@ -239,7 +239,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     from typing import get_args
 
     from pipeline.distributed import process_group
-    from pipeline.recipe import Metric, load_stored
+    from pipeline.recipe.load import load_stored
+    from pipeline.recipe.schema import Metric
     from pipeline.results import applicable_methods, conclude, track
     from pipeline.tracking import tracker_of
 

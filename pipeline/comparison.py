@@ -17,7 +17,8 @@ from pipeline.errors import UserError
 from pipeline.files import write_atomically
 from pipeline.interpret.figures import ComparedRuns, comparison_figure
 from pipeline.interpret.page import figure_html, page_html
-from pipeline.recipe import STORED, Recipe, flatten, load_stored
+from pipeline.recipe.load import load_stored
+from pipeline.recipe.schema import STORED, Recipe, flatten
 from pipeline.results import EVALUATION, PICTURES, SHEET
 from pipeline.tracking.journal import JOURNAL
 

@@ -18,7 +18,7 @@ from pipeline.interpret.explain import Layer, completeness_error, exact_layers, 
 from pipeline.interpret.methods import BY_LAYER, at_input_size, attribution_maps, own_place, places
 from pipeline.interpret.pixel_removal import removal_curve
 from pipeline.interpret.pointing_game import localisation_scores, make_grids, summary
-from pipeline.recipe import Recipe
+from pipeline.recipe.schema import Recipe
 from pipeline.result_store import Result, ResultStore, Row
 from pipeline.subject import Subject
 

@@ -18,7 +18,7 @@ from pipeline.images import CENTRE_SHARE, BrokenImage, decode, read_file
 from pipeline.interpret.explain import Layer, exact_layers, explainable_layers, layer_contributions
 from pipeline.interpret.page import Section, write_page
 from pipeline.interpret.plots import contribution_sheet, overlay
-from pipeline.recipe import load_stored
+from pipeline.recipe.load import load_stored
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 FRAMES = 24  # of a video, evenly spaced

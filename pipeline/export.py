@@ -18,7 +18,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from pipeline.errors import UserError
-from pipeline.recipe import STORED, Recipe
+from pipeline.recipe.schema import STORED, Recipe
 
 FOLDER = "export"  # inside a run folder
 

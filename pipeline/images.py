@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipeline.recipe import DataRecipe
-
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's decoders that call nothing outside
 MAX_FILE_BYTES = 1 << 29
 CENTRE_SHARE = 224 / 256  # side of the evaluation crop / shorter side of the stored image
@@ -89,11 +87,3 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # convert() would clip 16-bit values at 255
         image = Image.fromarray(np.clip(np.round(np.asarray(image) / 257), 0, 255).astype(np.uint8))
     return image.convert("RGB")
-
-
-def training_size(data: DataRecipe, epoch: int, epochs: int) -> int:
-    """Side in pixels of the training images of ``epoch``: rises linearly, in steps, where the recipe asks for that."""
-    if data.progressive is None:
-        return data.image_size
-    missing = (data.image_size - data.progressive.start_size) * max(0.0, 1 - epoch / (data.progressive.until * epochs))
-    return data.image_size - round(missing / data.progressive.step) * data.progressive.step

@@ -10,10 +10,9 @@ from torch import nn
 
 from pipeline.devices import ATTAINABLE, ATTAINABLE_BANDWIDTH, GPU, CPUProfile, gpu_seconds
 from pipeline.errors import UserError
-from pipeline.images import training_size
 from pipeline.models.cost import cost
 from pipeline.models.work import Operation, Work, trace
-from pipeline.recipe import Recipe
+from pipeline.recipe.schema import Recipe, training_size
 from pipeline.training.model import build_model
 
 DATA_SETS = {  # training images and classes of the sources whose size is known without looking

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.data.manifest import open_manifest
 from pipeline.files import write_atomically
-from pipeline.recipe import DataRecipe
+from pipeline.recipe.schema import DataRecipe
 
 VERSION = 1  # of the metrics' definitions: a change of one makes stored results unfit
 Row = dict[str, str | float | int]

@@ -21,7 +21,7 @@ from pipeline.interpret.explain import exact_layers, explainable_layers, explana
 from pipeline.interpret.figures import alignment_figure, depth_figure, localisation_figure, removal_figure
 from pipeline.interpret.methods import METHODS, at_input_size, attribution_maps, check_method, own_place
 from pipeline.interpret.plots import contribution_sheet
-from pipeline.recipe import Recipe
+from pipeline.recipe.schema import Recipe
 from pipeline.result_store import ResultStore, Row, identify
 from pipeline.tracking import Tracker
 

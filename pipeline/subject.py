@@ -19,7 +19,7 @@ from pipeline.data.load import EpochLoader, unit_range
 from pipeline.distributed import World, gather_across_ranks, sum_across_ranks
 from pipeline.interpret.explain import Layer, explainable_layers
 from pipeline.interpret.pointing_game import choose_grids
-from pipeline.recipe import Recipe
+from pipeline.recipe.schema import Recipe
 
 
 class Predictions(NamedTuple):

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from pipeline.recipe import Recipe, from_dict
+from pipeline.recipe.load import from_dict
+
+from pipeline.recipe.schema import Recipe
 
 
 def small_recipe(folder: Path, **changes) -> Recipe:

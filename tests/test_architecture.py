@@ -17,9 +17,8 @@ OWNERS = {
 # floor do not know each other.
 FLOORS = [
     {"errors", "models"},
-    {"files", "caches", "structure", "shipped", "distributed"},
-    {"recipe", "interpret", "devices"},
-    {"images", "export"},
+    {"files", "caches", "recipe", "distributed", "images"},
+    {"interpret", "devices", "export"},
     {"data", "tracking", "explanations"},
     {"result_store", "subject"},
     {"evaluate"},

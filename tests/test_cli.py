@@ -16,7 +16,7 @@ from recipes_for_tests import small_recipe
 
 from pipeline import cli
 from pipeline.cli import main
-from pipeline.shipped import find_recipe, recipes, shipped_folder
+from pipeline.recipe.ready_made import find_recipe, recipes, shipped_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -14,7 +14,7 @@ from pipeline.data.loaders import eval_loader
 from pipeline.distributed import World, process_group
 from pipeline.evaluate import METRICS, evaluate
 from pipeline.interpret.methods import METHODS
-from pipeline.recipe import Method, Metric
+from pipeline.recipe.schema import Method, Metric
 from pipeline.tracking import METRICS as TRACKED
 from pipeline.training.model import build_model
 

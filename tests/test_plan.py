@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from pipeline.recipe.load import load
 from torch import nn
 
 import pipeline  # noqa: F401  registers the CoDA models
@@ -14,7 +15,6 @@ from pipeline.devices import ATTAINABLE, ATTAINABLE_BANDWIDTH, GPUS, CPUProfile,
 from pipeline.models.cost import cost
 from pipeline.models.work import Operation, trace
 from pipeline.plan import Cluster, Plan, cpu_step, update_products
-from pipeline.recipe import load
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "cifar10_coda_resnet20.yaml"
 H100 = GPUS["h100"]

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pipeline.recipe.load import from_dict, load, load_stored
 from recipes_for_tests import small_recipe
 
 from pipeline.errors import UserError
-from pipeline.recipe import DataRecipe, flatten, from_dict, load, load_stored
+from pipeline.recipe.schema import DataRecipe, flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "recipes" / "digits_coda_resnet20.yaml"

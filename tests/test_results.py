@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from pipeline.recipe.load import load_stored
 from recipes_for_tests import small_recipe
 
 from pipeline.cli import main
@@ -13,7 +14,6 @@ from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.evaluate import METRICS, Metric
 from pipeline.export import FOLDER, export
-from pipeline.recipe import load_stored
 from pipeline.results import EVALUATION, applicable_methods, conclude
 from pipeline.training.model import build_model
 

@@ -14,8 +14,7 @@ from pipeline.data.manifest import Manifest, open_manifest
 from pipeline.data.storage import readable_file
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.images import training_size
-from pipeline.recipe import Recipe
+from pipeline.recipe.schema import Recipe, training_size
 
 
 def train_loader(recipe: Recipe, world: World, micro_batch: int) -> EpochLoader:

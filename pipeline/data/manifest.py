@@ -18,7 +18,7 @@ from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderT
 
 from pipeline.errors import UserError
 from pipeline.files import sync, write_atomically
-from pipeline.recipe import MAX_RESOLUTION, DataRecipe
+from pipeline.recipe.schema import MAX_RESOLUTION, DataRecipe
 
 NAME = "manifest.json"
 VERSION = 1

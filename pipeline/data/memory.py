@@ -16,7 +16,7 @@ from pipeline.data.load import BATCHES_AHEAD
 from pipeline.data.manifest import open_manifest
 from pipeline.distributed import World, gather_across_ranks
 from pipeline.errors import UserError
-from pipeline.recipe import Recipe
+from pipeline.recipe.schema import Recipe
 
 TABLE_BYTES = 128  # per stored image and loader: FFCV's tables of it (45), our copies (48), and an epoch's order
 

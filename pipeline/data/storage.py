@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pipeline.data.manifest import Manifest, SplitFile, measure, publish
 from pipeline.errors import UserError
-from pipeline.recipe import DataRecipe
+from pipeline.recipe.schema import DataRecipe
 
 CHUNK = 1 << 24  # bytes copied at a time
 SPARE = 1 << 28  # bytes left free on the node's disk

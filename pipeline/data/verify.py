@@ -11,7 +11,7 @@ from pipeline.data.augment import whole_boxes
 from pipeline.data.load import EpochLoader
 from pipeline.data.manifest import NAME, REMEDY, Manifest, SplitFile, open_manifest
 from pipeline.errors import UserError
-from pipeline.recipe import DataRecipe
+from pipeline.recipe.schema import DataRecipe
 
 BATCH = 64
 BLOCK = 1 << 24  # bytes

@@ -27,7 +27,7 @@ from pipeline.data.sources.images import largest_bytes
 from pipeline.data.writers import write_chunks
 from pipeline.distributed import together
 from pipeline.errors import UserError
-from pipeline.recipe import DataRecipe, Recipe
+from pipeline.recipe.schema import DataRecipe, Recipe
 
 # Settings that decide the stored bytes, as the versions of FFCV, Pillow and OpenCV do.
 STORING = ("image_size", "write_mode", "compress_probability", "jpeg_quality", "max_resolution", "chunk_size")

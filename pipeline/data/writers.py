@@ -32,7 +32,7 @@ from pipeline.data.sources import Split
 from pipeline.data.sources.images import fit
 from pipeline.errors import UserError
 from pipeline.images import BrokenImage
-from pipeline.recipe import DataRecipe
+from pipeline.recipe.schema import DataRecipe
 
 SYNC_SECONDS = 1  # at most so much work is lost when the machine fails
 NOT_THE_IMAGE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors of the machine

@@ -115,7 +115,7 @@ def _check(name: str, probe: Callable[[], str], remedy: Callable[[str, str], str
 
 
 def _of_recipe(path: str, overrides: Sequence[str]) -> Wanted:
-    from pipeline.recipe import load
+    from pipeline.recipe.load import load
 
     recipe = load(path, overrides)
     address = recipe.tracking.uri

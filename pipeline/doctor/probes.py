@@ -147,7 +147,7 @@ def _stand_alone() -> None:
 
 
 def _recipe(**changes: Any) -> Any:
-    from pipeline.recipe import from_dict
+    from pipeline.recipe.load import from_dict
 
     model = {"name": "coda_s", "args": {"rank": 2}}
     training = {"epochs": 1, "global_batch_size": 1, "learning_rate": 0.1}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.recipe import Recipe
+from pipeline.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -2,7 +2,7 @@
 
 from typing import get_args
 
-from pipeline.recipe import Method
+from pipeline.recipe.schema import Method
 
 _IMAGES, _EPOCH, _LAYER = "images seen", "epoch", "layer index, from the output back to the input"
 METRICS = {  # name -> (meaning, what its steps count)

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
-from pipeline.recipe import Recipe, load_stored
+from pipeline.recipe.load import load_stored
+from pipeline.recipe.schema import Recipe
 from pipeline.tracking.deliver import deliver
 from pipeline.tracking.journal import JOURNAL, KINDS, NODE_JOURNALS, RUN_KEY, Journal, is_open
 

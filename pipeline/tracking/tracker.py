@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline.distributed import World
 from pipeline.errors import tracebacks_wanted
 from pipeline.files import network_file_system
-from pipeline.recipe import STORED, Recipe, flatten
+from pipeline.recipe.schema import STORED, Recipe, flatten
 from pipeline.tracking.journal import JOURNAL, RUN_KEY, Journal
 from pipeline.tracking.names import METRICS
 from pipeline.tracking.sender import Sender, check_uri, sqlite_file, store_errors

@@ -10,7 +10,7 @@ from deepspeed.utils import groups
 from torch import nn
 
 from pipeline.distributed import World
-from pipeline.recipe import Recipe
+from pipeline.recipe.schema import Recipe
 
 deepspeed.utils.logger.setLevel(logging.WARNING)
 # Of DeepSpeed's own operators none is used here, and none counts as compatible: on a processor it would compile one for inference as

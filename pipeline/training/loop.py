@@ -22,7 +22,8 @@ from pipeline.errors import UserError, report
 from pipeline.evaluate import evaluate
 from pipeline.export import FOLDER, export
 from pipeline.files import write_atomically
-from pipeline.recipe import STORED, Recipe, load_stored
+from pipeline.recipe.load import load_stored
+from pipeline.recipe.schema import STORED, Recipe
 from pipeline.results import PICTURES, SHEET, conclude, draw_contributions, track
 from pipeline.tracking import Tracker, open_tracker
 from pipeline.training import engine as engines

@@ -8,7 +8,7 @@ import timm
 from torch import nn
 
 from pipeline.errors import UserError
-from pipeline.recipe import ModelRecipe
+from pipeline.recipe.schema import ModelRecipe
 
 WEIGHT_SOURCES = ("pretrained", "pretrained_backbone")  # arguments that only decide the weights a model starts with
 

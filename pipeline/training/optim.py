@@ -6,7 +6,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from pipeline.recipe import TrainingRecipe
+from pipeline.recipe.schema import TrainingRecipe
 
 
 def build_optimizer(model: nn.Module, training: TrainingRecipe) -> torch.optim.Optimizer:

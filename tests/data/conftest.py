@@ -7,7 +7,7 @@ import pytest
 from small_data import recipe, write_images
 
 from pipeline.data.write import prepare
-from pipeline.recipe import Recipe
+from pipeline.recipe.schema import Recipe
 
 MakeRecipe = Callable[..., Recipe]
 

@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 from ffcv.reader import Reader
 from PIL import Image
+from pipeline.recipe.load import from_dict
 
 from pipeline.data.sources import Split
 from pipeline.data.sources.images import fit
-from pipeline.recipe import DataRecipe, Recipe, from_dict
+from pipeline.recipe.schema import DataRecipe, Recipe
 
 
 def recipe(prepared: Path, global_batch_size: int = 64, seed: int = 0, epochs: int = 1, **data: object) -> Recipe:

@@ -14,7 +14,7 @@ from pipeline.data.loaders import eval_loader, train_loader
 from pipeline.data.transforms import color_jitter, mix, rand_augment, random_erasing
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.images import training_size
+from pipeline.recipe.schema import training_size
 
 EVERYTHING = {
     "flip": True,

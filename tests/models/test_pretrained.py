@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from pipeline.errors import UserError
 from pipeline.models.dau_functional import Geometry, dynamic_dot
-from pipeline.recipe import ModelRecipe
+from pipeline.recipe.schema import ModelRecipe
 from pipeline.training.model import build_model
 
 

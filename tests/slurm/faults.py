@@ -26,7 +26,7 @@ from recipes_for_tests import small_recipe
 from tqdm import tqdm
 
 from pipeline.data.write import prepare
-from pipeline.recipe import Recipe
+from pipeline.recipe.schema import Recipe
 
 ONE_PROCESS_A_NODE = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 UPDATES_AN_EPOCH, EPOCHS_AN_EVALUATION = 11, 4

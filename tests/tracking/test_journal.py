@@ -16,7 +16,7 @@ from tracked import assert_store_equals_journal, free_port, journal, make_recipe
 
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.recipe import TrackingRecipe
+from pipeline.recipe.schema import TrackingRecipe
 from pipeline.tracking import METRICS, open_tracker, sync
 from pipeline.tracking.sender import mlflow_client
 

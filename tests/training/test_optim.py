@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from pipeline.recipe import TrainingRecipe
+from pipeline.recipe.schema import TrainingRecipe
 from pipeline.training.losses import LOSSES, soft_targets
 from pipeline.training.optim import build_optimizer, learning_rate
 

@@ -14,7 +14,7 @@ from pipeline.data.sources.table import csv_of_paths
 from pipeline.data.sources.torchvision_sets import PREFIX, any_of_torchvision, cifar10, cifar100
 from pipeline.data.sources.webdataset import webdataset
 from pipeline.errors import UserError
-from pipeline.recipe import DataRecipe
+from pipeline.recipe.schema import DataRecipe
 
 DIGITS_VAL = 360  # of 1,797
 

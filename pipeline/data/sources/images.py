@@ -5,7 +5,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from pipeline.recipe import DataRecipe
+from pipeline.recipe.schema import DataRecipe
 
 STORED_MARGIN = 256 / 224  # stored shorter side / image size, for images that are cropped when they are loaded
 MAX_ASPECT = 2  # the longer side of such an image is centre-cropped to this multiple of the shorter one

@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.data.sources.split import FileSplit, Split
 from pipeline.errors import UserError
-from pipeline.recipe import DataRecipe
+from pipeline.recipe.schema import DataRecipe
 
 VAL_EVERY = 10  # without a column split, every tenth image of a class is one of val
 COLUMNS = "a header with path,label or path,label,split"

@@ -17,7 +17,7 @@ from pipeline.data.sources.folders import class_folders
 from pipeline.data.sources.split import ArraySplit, Split
 from pipeline.errors import UserError
 from pipeline.images import BrokenImage, to_rgb
-from pipeline.recipe import DataRecipe
+from pipeline.recipe.schema import DataRecipe
 
 PREFIX = "torchvision."
 SPLIT_WORDS = {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid", "test")}  # torchvision's, the first it accepts

@@ -17,7 +17,7 @@ from pipeline.data.sources.archive import index_tar
 from pipeline.data.sources.split import Split, TarSplit
 from pipeline.errors import UserError
 from pipeline.images import is_image, read_file
-from pipeline.recipe import DataRecipe
+from pipeline.recipe.schema import DataRecipe
 
 WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}  # in a shard's name -> its split
 MAX_CLASSES = 1 << 20
