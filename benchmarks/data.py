@@ -29,7 +29,6 @@ from ffcv.fields.decoders import RandomResizedCropRGBImageDecoder, SimpleRGBImag
 from ffcv.loader import Loader, OrderOption
 from ffcv.transforms import RandomHorizontalFlip, RandomTranslate, Squeeze, ToTensor, ToTorchImage
 from ffcv.writer import DatasetWriter
-from pipeline.recipe.load import from_dict
 from timm.data import create_dataset, create_loader
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
@@ -38,6 +37,7 @@ from torchvision.transforms import v2
 from pipeline.data.loaders import train_loader
 from pipeline.data.manifest import Manifest, SplitFile, measure, write_manifest
 from pipeline.distributed import World
+from pipeline.recipe.load import from_dict
 
 Pass = Callable[[], int]  # reads an epoch, returns how many images that were
 BATCH = {32: 500, 224: 100}  # image size -> images per batch

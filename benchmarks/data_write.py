@@ -20,11 +20,11 @@ from pathlib import Path
 from ffcv.fields import IntField, RGBImageField
 from ffcv.fields.rgb_image import encode_jpeg
 from ffcv.writer import DatasetWriter
-from pipeline.recipe.load import from_dict
 
 from pipeline.data.sources import Split, open_source
 from pipeline.data.sources.images import fit
 from pipeline.data.write import prepare
+from pipeline.recipe.load import from_dict
 from pipeline.recipe.schema import DataRecipe, Recipe
 
 FORK = multiprocessing.get_context("fork")

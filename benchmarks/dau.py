@@ -23,7 +23,7 @@ from tqdm import tqdm
 import pipeline  # noqa: F401  registers the models
 from pipeline.interpret.explain import layer_contributions
 from pipeline.models.dau import DAUConv2d
-from tests.models.dau_twin import twin
+from pipeline.models.dau.reference import twin
 
 MODELS = {"coda_s": (16, 32), "coda_l": (1, 240)}  # name -> (batch, resolution)
 GROWTH = {  # of one layer: which of its sizes grows

@@ -3,12 +3,14 @@
     python -m benchmarks.interpret                  # 500 grids of 3x3 CIFAR-sized images with coda_s, as published
     python -m benchmarks.interpret --grids 4        # the same numbers per grid, sooner
 
-Both sides explain the same random grids of 96 x 96 pixels for all nine classes with the same weights. The peer is what the method's
-formula reads as: every layer forms w = A z + b for all units and positions at once and keeps it for the backward pass (tests/models/
-dau_twin.py). It comes in two forms: a forward and a backward pass for each class of each grid, as the official code explains one image
-and class at a time; and, harder to beat, one forward pass for each grid and a backward pass for each class. It needs about 2 GiB
-for one grid and costs the same for each, so it is timed on a few. Then the cost per grid of this pipeline for growing numbers of
-grids, and of all layers of the depth curve against the input alone.
+Both sides explain the same random grids of 96 x 96 pixels for all nine classes with the same
+weights. The peer is what the method's formula reads as: every layer forms w = A z + b for all units
+and positions at once and keeps it for the backward pass (pipeline/models/dau/reference.py). It
+comes in two forms: a forward and a backward pass for each class of each grid, as the official code
+explains one image and class at a time; and, harder to beat, one forward pass for each grid and a
+backward pass for each class. It needs about 2 GiB for one grid and costs the same for each, so it
+is timed on a few. Then the cost per grid of this pipeline for growing numbers of grids, and of all
+layers of the depth curve against the input alone.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from pipeline.evaluate import GRIDS_AT_ONCE
 from pipeline.interpret.explain import explainable_layers, explanation_mode, layer_contributions
 from pipeline.interpret.pointing_game import localisation_scores
 from pipeline.models.dau import DAUConv2d
-from tests.models.dau_twin import twin
+from pipeline.models.dau.reference import twin
 
 CLASSES, SIDE = 9, 96
 

@@ -17,8 +17,8 @@ import timm
 import torch
 
 import pipeline  # noqa: F401
-from pipeline.devices import CPUProfile, cpu_profile, measure_cpu
-from pipeline.plan import cpu_step
+from pipeline.planning.cpu_profile import CPUProfile, cpu_profile, measure_cpu
+from pipeline.planning.plan import cpu_step
 
 CASES = [
     ("resnet20", 64, 32),

@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
-from pipeline.recipe.load import from_dict, load
 from tqdm import tqdm
 
 import pipeline  # noqa: F401  registers the models
 from pipeline.data.write import prepare
+from pipeline.recipe.load import from_dict, load
 
 IMAGES, EVERY = 64, 5  # per process and update; updates between two measurements
 ROOT = Path(__file__).parents[1]

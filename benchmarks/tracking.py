@@ -23,11 +23,11 @@ import mlflow  # noqa: F401  imported by the sender's thread otherwise, in the m
 import timm
 import torch
 import yaml
-from pipeline.recipe.load import from_dict
 from tqdm import tqdm
 
 import pipeline  # noqa: F401  registers the models
 from pipeline.distributed import World
+from pipeline.recipe.load import from_dict
 from pipeline.recipe.schema import TrackingRecipe
 from pipeline.tracking import Tracker, open_tracker
 from tests.tracking.faulty_proxy import FaultyProxy

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pipeline.models import dau_triton, dau_triton_kernels
+from pipeline.models.dau import fused, fused_kernels
 
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a"}  # compute capability -> what Triton has ptxas compile for
 SHARED_MEMORY = 99 * 1024  # bytes a program may use on any device from sm_80 on: the limit of sm_86 and sm_89, below 163 and 227 KiB
@@ -74,9 +74,9 @@ class Resources:
     shared: int  # bytes of a program
 
 
-def compile_launch(launch: dau_triton.Launch, operand: str, capability: int, bias: bool = True, norm: bool = True) -> Resources:
+def compile_launch(launch: fused.Launch, operand: str, capability: int, bias: bool = True, norm: bool = True) -> Resources:
     """Compile as the just-in-time compiler would for 16-byte aligned tensors; raises triton's errors."""
-    kernel = getattr(dau_triton_kernels, launch.kernel)
+    kernel = getattr(fused_kernels, launch.kernel)
     absent = {name: None for name, present in (("bias", bias), ("norm2", norm)) if name in kernel.arg_names and not present}
     constants = {**launch.constants, **absent}
     signature, alignment = {}, {}
@@ -104,16 +104,16 @@ def _assemble(ptx: str, architecture: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
-def launches_of(layer: Layer, kind: str, batch: int = 64) -> Iterator[tuple[str, dau_triton.Launch, str]]:
+def launches_of(layer: Layer, kind: str, batch: int = 64) -> Iterator[tuple[str, fused.Launch, str]]:
     """(purpose, launch, operand type) of everything a layer launches in training; the norm part always has fp32 operands."""
     operand, precision = KINDS[kind]
-    for purpose, launch in dau_triton.launches(batch * layer.positions, layer.values, layer.rank, layer.units, precision).items():
+    for purpose, launch in fused.launches(batch * layer.positions, layer.values, layer.rank, layer.units, precision).items():
         yield purpose, launch, "fp32" if purpose.endswith("of norm2") else operand
 
 
 def resource_table(layers: list[Layer], failures: list[str]) -> Iterator[str]:
     """Lines of the table, a cell "registers, KiB" for each architecture; what spills or exceeds ``SHARED_MEMORY`` joins ``failures``."""
-    purposes = list(dau_triton.launches(1, 1, 1, 1, "tf32"))
+    purposes = list(fused.launches(1, 1, 1, 1, "tf32"))
     yield f"| layer (D, R, O) | operands | {' | '.join(purposes)} | bytes spilled |"
     yield "|---|---|" + "---|" * len(purposes) + "---|"
     rows = [(layer, kind) for layer in layers for kind in KINDS]

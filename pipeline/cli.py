@@ -205,8 +205,9 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from pipeline.devices import GPUS, cpu_profile
-    from pipeline.plan import Cluster, Plan, cpu_report
+    from pipeline.planning.cpu_profile import cpu_profile
+    from pipeline.planning.gpus import GPUS
+    from pipeline.planning.plan import Cluster, Plan, cpu_report
     from pipeline.recipe.load import load
 
     recipe = load(find_recipe(options.recipe), options.overrides)
@@ -223,9 +224,9 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from pipeline.export import FOLDER, export
+    from pipeline.models.create import build_model
     from pipeline.recipe.load import load_stored
     from pipeline.training.checkpoint import newest_model
-    from pipeline.training.model import build_model
 
     recipe = load_stored(options.folder)
     state, classes = newest_model(options.folder / "checkpoints")
@@ -287,7 +288,7 @@ def _show_run(folder: Path) -> None:
 def _models(options: argparse.Namespace) -> None:
     import timm
 
-    from pipeline.models.cost import table
+    from pipeline.planning.cost import table
 
     known = timm.list_models("coda_*")
     for name in options.names:

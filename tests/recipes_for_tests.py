@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from pipeline.recipe.load import from_dict
-
 from pipeline.recipe.schema import Recipe
 
 

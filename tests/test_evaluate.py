@@ -14,9 +14,9 @@ from pipeline.data.loaders import eval_loader
 from pipeline.distributed import World, process_group
 from pipeline.evaluate import METRICS, evaluate
 from pipeline.interpret.methods import METHODS
+from pipeline.models.create import build_model
 from pipeline.recipe.schema import Method, Metric
 from pipeline.tracking import METRICS as TRACKED
-from pipeline.training.model import build_model
 
 EVERYTHING = tuple(METRICS)
 CHANGES = dict(evaluation__grid_size=2, evaluation__grids=5, evaluation__batch_size=50, evaluation__completeness_images=21)

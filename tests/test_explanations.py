@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from pipeline.cli import main
 from pipeline.explanations import Explainer
 from pipeline.export import export
-from pipeline.training.model import build_model
+from pipeline.models.create import build_model
 
 NAMES = ["zero", "<b>one</b>", *(f"class {c}" for c in range(2, 10))]
 

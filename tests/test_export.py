@@ -12,8 +12,8 @@ from recipes_for_tests import small_recipe
 from pipeline.cli import main
 from pipeline.errors import UserError
 from pipeline.export import export, find_export, load_export
+from pipeline.models.create import build_model
 from pipeline.recipe.schema import ModelRecipe
-from pipeline.training.model import build_model
 
 ALONE = """
 import sys

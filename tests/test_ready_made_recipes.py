@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from data.small_data import write_images
-from pipeline.recipe.load import load
 
 from pipeline.data.write import prepare
-from pipeline.devices import GPUS
 from pipeline.distributed import process_group
-from pipeline.plan import Cluster, Plan
+from pipeline.planning.gpus import GPUS
+from pipeline.planning.plan import Cluster, Plan
+from pipeline.recipe.load import load
 from pipeline.training.loop import Run
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))

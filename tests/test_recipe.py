@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pipeline.recipe.load import from_dict, load, load_stored
 from recipes_for_tests import small_recipe
 
 from pipeline.errors import UserError
+from pipeline.recipe.load import from_dict, load, load_stored
 from pipeline.recipe.schema import DataRecipe, flatten
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -162,13 +162,13 @@ def kernels() -> str:
     """
     import torch
 
-    from pipeline.models import dau_functional, dau_triton
+    from pipeline.models.dau import functional, fused
 
     if not torch.cuda.is_available():
         return "not needed: no GPU"
     name, device = torch.cuda.get_device_name(0), torch.device("cuda", 0)
-    for dtype in dau_triton.DTYPES:
-        if reason := dau_triton.self_check(device, dtype, dau_functional.reference):
+    for dtype in fused.DTYPES:
+        if reason := fused.self_check(device, dtype, functional.reference):
             raise RuntimeError(
                 f"the fused kernels are not used on {name}, but plain PyTorch: {reason}"
             )

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.interpret.explain import explanation_mode
-from pipeline.models.dau import NORM2_FLOOR, DAUConv2d
-from pipeline.models.dau_functional import Geometry, dynamic_dot
+from pipeline.models.dau import DAUConv2d
+from pipeline.models.dau.functional import Geometry, dynamic_dot
+from pipeline.models.dau.layer import NORM2_FLOOR
 
 BINS = 2000  # of the histogram over [-1, 1]: quartiles to 0.001
 QUARTILES = (0.25, 0.5, 0.75)

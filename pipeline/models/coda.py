@@ -7,7 +7,8 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from pipeline.models.coda_base import LOGIT_BIAS, CoDAStagedNet, build_coda, default_cfg
-from pipeline.models.dau import DAUConv2d, Norm, require_whole
+from pipeline.models.dau import DAUConv2d, Norm
+from pipeline.models.dau.layer import require_whole
 
 
 class CoDANet(CoDAStagedNet):

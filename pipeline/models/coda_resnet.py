@@ -13,7 +13,8 @@ from timm.models.resnet import BasicBlock, Bottleneck, make_blocks
 from torch import Tensor, nn
 
 from pipeline.models.coda_base import LOGIT_BIAS, CoDAStagedNet, build_coda, default_cfg
-from pipeline.models.dau import DAUConv2d, Norm, require_whole
+from pipeline.models.dau import DAUConv2d, Norm
+from pipeline.models.dau.layer import require_whole
 from pipeline.models.pretrained import load_backbone
 from pipeline.models.staged import StagedNet, build
 

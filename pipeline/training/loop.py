@@ -22,6 +22,7 @@ from pipeline.errors import UserError, report
 from pipeline.evaluate import evaluate
 from pipeline.export import FOLDER, export
 from pipeline.files import write_atomically
+from pipeline.models.create import build_model
 from pipeline.recipe.load import load_stored
 from pipeline.recipe.schema import STORED, Recipe
 from pipeline.results import PICTURES, SHEET, conclude, draw_contributions, track
@@ -31,7 +32,6 @@ from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.failures import Watchdog, first_error
 from pipeline.training.lease import Lease
 from pipeline.training.losses import LOSSES, soft_targets
-from pipeline.training.model import build_model
 from pipeline.training.optim import build_optimizer, learning_rate
 from pipeline.training.penalty import DynamicWeightPenalty
 from pipeline.training.stop import Stop

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 from ffcv.reader import Reader
 from PIL import Image
-from pipeline.recipe.load import from_dict
 
 from pipeline.data.sources import Split
 from pipeline.data.sources.images import fit
+from pipeline.recipe.load import from_dict
 from pipeline.recipe.schema import DataRecipe, Recipe
 
 

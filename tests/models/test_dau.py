@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from dau_twin import twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import run_on
@@ -13,9 +12,9 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.models import dau_chunked, dau_functional
-from pipeline.models.dau import DAUConv2d
-from pipeline.models.dau_functional import Geometry
+from pipeline.models.dau import DAUConv2d, chunked, functional
+from pipeline.models.dau.functional import Geometry
+from pipeline.models.dau.reference import twin
 
 
 def make(norm, *, inputs=3, units=5, kernel=3, stride=1, padding=1, rank=2, bias=True, dtype=torch.float64, seed=0):
@@ -52,8 +51,8 @@ def assert_close_relative(ours, theirs, tolerance):
 def test_equals_the_twin(norm, kernel, stride, padding, size, rank, bias, batch, seed, small_chunks):
     layer = make(norm, kernel=kernel, stride=stride, padding=padding, rank=rank, bias=bias, seed=seed)
     x = torch.rand(batch, 3, *size, dtype=torch.float64)
-    whole = dau_chunked.CHUNK_NUMBERS
-    dau_chunked.CHUNK_NUMBERS = 64 if small_chunks else whole
+    whole = chunked.CHUNK_NUMBERS
+    chunked.CHUNK_NUMBERS = 64 if small_chunks else whole
     try:
         ours = outputs_and_gradients(layer, layer, x)
         assert_close_relative(ours, outputs_and_gradients(lambda t: twin(layer, t), layer, x), 1e-8)
@@ -63,7 +62,7 @@ def test_equals_the_twin(norm, kernel, stride, padding, size, rank, bias, batch,
         ours = outputs_and_gradients(single, single, x.float())
         assert_close_relative(ours, outputs_and_gradients(lambda t: twin(single, t), single, x.float()), 2e-3)
     finally:
-        dau_chunked.CHUNK_NUMBERS = whole
+        chunked.CHUNK_NUMBERS = whole
 
 
 @pytest.mark.parametrize("norm", ["sq", "l2", "wb"])
@@ -86,7 +85,7 @@ def test_output_never_exceeds_the_norm_of_the_patch(norm):
         for parameter in layer.parameters():
             parameter *= 100
     x = torch.rand(2, 4, 8, 8, dtype=torch.float64)
-    patch_norm = dau_functional.unfold(x, Geometry(3, 1, 1)).norm(dim=1).view(2, 1, 8, 8)
+    patch_norm = functional.unfold(x, Geometry(3, 1, 1)).norm(dim=1).view(2, 1, 8, 8)
     assert (layer(x).abs() <= patch_norm * (1 + 1e-12)).all()
 
 
@@ -183,11 +182,11 @@ def test_nothing_of_the_size_of_all_dynamic_weights_is_allocated():
 def test_unfold_orders_row_column_channel_and_fold_is_its_adjoint(kernel, stride, padding):
     geometry = Geometry(kernel, stride, padding)
     x = torch.rand(2, 3, 9, 8, dtype=torch.float64)
-    rows = dau_functional.unfold(x, geometry)
+    rows = functional.unfold(x, geometry)
     published = F.unfold(x, kernel, stride=stride, padding=padding).unflatten(1, (3, -1))  # (B, C, k * k, L)
     assert torch.equal(rows, published.permute(0, 3, 2, 1).flatten(0, 1).flatten(1))
     other = torch.rand_like(rows)
-    torch.testing.assert_close((dau_functional.fold(other, x.shape, geometry) * x).sum(), (other * rows).sum())
+    torch.testing.assert_close((functional.fold(other, x.shape, geometry) * x).sum(), (other * rows).sum())
 
 
 def test_norm_keeps_its_accuracy_in_a_weak_direction():
@@ -198,7 +197,7 @@ def test_norm_keeps_its_accuracy_in_a_weak_direction():
     z = right[:, -1].expand(40, -1)  # shortened a thousand times by A
     exact = (z @ weight[0].T).square().sum(1)
     single = weight.float(), z.float()
-    _, norm2 = dau_chunked._forward_by_rank(torch.rand(40, 50), single[1], single[0], None, True)
+    _, norm2 = chunked._forward_by_rank(torch.rand(40, 50), single[1], single[0], None, True)
     torch.testing.assert_close(norm2[:, 0].double(), exact, rtol=1e-4, atol=0)
     gram = single[0][0].T @ single[0][0]
     by_gram = torch.einsum("nr,rs,ns->n", single[1], gram, single[1])
@@ -213,10 +212,10 @@ def test_both_formulations_agree_and_bf16_operands_come_near(bias):
     )
     operands, cotangents = (rows, z, weight, b if bias else None), (grad_dot, grad_norm2)
     needs = (True, True, True, bias)
-    by_rank = [*dau_chunked._forward_by_rank(*operands, True), *dau_chunked._backward_by_rank(*operands, *cotangents, needs)]
-    by_unit = [*dau_chunked._forward_by_unit(*operands, True), *dau_chunked._backward_by_unit(*operands, *cotangents, needs)]
+    by_rank = [*chunked._forward_by_rank(*operands, True), *chunked._backward_by_rank(*operands, *cotangents, needs)]
+    by_unit = [*chunked._forward_by_unit(*operands, True), *chunked._backward_by_unit(*operands, *cotangents, needs)]
     short = [None if operand is None else operand.bfloat16() for operand in operands]
-    in_bf16 = [*dau_chunked.forward(*short, True), *dau_chunked.backward(*short, *cotangents, needs)]
+    in_bf16 = [*chunked.forward(*short, True), *chunked.backward(*short, *cotangents, needs)]
     for a, b, c in zip(by_rank, by_unit, in_bf16, strict=True):
         if b is not None:
             assert (a - b).norm() <= 1e-5 * b.norm()
@@ -238,7 +237,7 @@ def test_many_targets_from_one_backward_pass(rank, bias):
 
 def test_dynamic_weights_are_formed_once_for_many_targets():
     formed = 0
-    original = dau_chunked._weights
+    original = chunked._weights
 
     def counting(*arguments):
         nonlocal formed
@@ -246,11 +245,11 @@ def test_dynamic_weights_are_formed_once_for_many_targets():
         original(*arguments)
 
     z, weight = torch.rand(50, 40), torch.rand(6, 45, 40)
-    dau_chunked._weights = counting
+    chunked._weights = counting
     try:
-        dau_chunked.explain(z, weight, None, torch.rand(9, 50, 6))
+        chunked.explain(z, weight, None, torch.rand(9, 50, 6))
     finally:
-        dau_chunked._weights = original
+        chunked._weights = original
     assert formed == 6
 
 
@@ -308,7 +307,7 @@ def test_without_fused_kernels_cuda_takes_the_chunked_path_and_says_why():
     with FakeTensorMode():
         weight = torch.empty(4, 27, 2, device="cuda")
     with pytest.warns(UserWarning, match="fused DAU kernels are not used on cuda"):
-        assert dau_functional._kernels(weight) is dau_chunked
+        assert functional._kernels(weight) is chunked
 
 
 @pytest.mark.parametrize(("argument", "value"), [("norm", "l3"), ("rank", 0)])

@@ -7,9 +7,9 @@ from family import build, images
 from safetensors.torch import save_file
 
 from pipeline.errors import UserError
-from pipeline.models.dau_functional import Geometry, dynamic_dot
+from pipeline.models.create import build_model
+from pipeline.models.dau.functional import Geometry, dynamic_dot
 from pipeline.recipe.schema import ModelRecipe
-from pipeline.training.model import build_model
 
 
 @pytest.fixture(scope="module")

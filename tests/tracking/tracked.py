@@ -6,8 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 import yaml
-from pipeline.recipe.load import from_dict
 
+from pipeline.recipe.load import from_dict
 from pipeline.recipe.schema import Recipe
 from pipeline.tracking.journal import RUN_KEY
 from pipeline.tracking.sender import mlflow_client

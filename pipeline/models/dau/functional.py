@@ -1,6 +1,6 @@
 """The dot product and the weight norm of Dynamic Alignment Units as one differentiable function (arXiv 2109.13004, eq. 1-4).
 
-Which kernels compute it is decided here: ``dau_triton`` on CUDA once its self-check has passed, else ``dau_chunked``.
+Which kernels compute it is decided here: ``fused`` on CUDA once its self-check has passed, else ``chunked``.
 
 Legend: B images, N positions (B * H_out * W_out), C input channels, k kernel, d = k * k * C, r rank, O units, K targets.
 """
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.models import dau_chunked, dau_triton
+from pipeline.models.dau import chunked, fused
 
 
 class Geometry(NamedTuple):
@@ -161,17 +161,17 @@ class _Quotient(torch.autograd.Function):
 
 def _kernels(weight: Tensor) -> Any:
     """The module whose ``forward``, ``backward`` and ``explain`` compute a layer with this A."""
-    if not weight.is_cuda or weight.shape[2] > dau_triton.MAX_RANK or weight.dtype not in dau_triton.DTYPES:
-        return dau_chunked
-    reason = dau_triton.self_check(weight.device, weight.dtype, reference)
+    if not weight.is_cuda or weight.shape[2] > fused.MAX_RANK or weight.dtype not in fused.DTYPES:
+        return chunked
+    reason = fused.self_check(weight.device, weight.dtype, reference)
     if reason is not None:
         warnings.warn(f"the fused DAU kernels are not used on {weight.device}: {reason}", stacklevel=2)
-        return dau_chunked
-    return dau_triton
+        return chunked
+    return fused
 
 
 def reference(rows: Tensor, z: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What the fused kernels must agree with: ``dau_chunked`` as a differentiable function of patches (N, d)."""
+    """What the fused kernels must agree with: ``chunked`` as a differentiable function of patches (N, d)."""
     dot, norm2 = _Reference.apply(rows, z, weight, bias)
     return dot, norm2
 
@@ -180,9 +180,9 @@ class _Reference(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, z, weight, bias):
         ctx.save_for_backward(rows, z, weight, bias)
-        return dau_chunked.forward(rows, z, weight, bias, True)
+        return chunked.forward(rows, z, weight, bias, True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_dot, grad_norm2):
-        return dau_chunked.backward(*ctx.saved_tensors, grad_dot, grad_norm2, ctx.needs_input_grad)
+        return chunked.backward(*ctx.saved_tensors, grad_dot, grad_norm2, ctx.needs_input_grad)

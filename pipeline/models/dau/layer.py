@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.dau_functional import Geometry, dynamic_dot, quotient
+from pipeline.models.dau.functional import Geometry, dynamic_dot, quotient
 
 Norm = Literal["sq", "l2", "wb"]
 NORM2_FLOOR = 1e-12  # below it a weight counts as zero: its rescaling is constant there, so that gradients stay finite

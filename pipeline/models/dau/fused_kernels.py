@@ -1,4 +1,4 @@
-"""Triton kernels of the Dynamic Alignment Unit; ``dau_triton`` launches them and says what each is for.
+"""Triton kernels of the Dynamic Alignment Unit; ``fused`` launches them and says what each is for.
 
 No kernel forms a dynamic weight outside of registers, and none uses atomics: the same inputs give the same bits. Shapes are
 compile-time constants except the number of positions. Blocks are powers of two and may reach over the edge of any shape:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.devices import ATTAINABLE, ATTAINABLE_BANDWIDTH, GPU, CPUProfile, gpu_seconds
 from pipeline.errors import UserError
-from pipeline.models.cost import cost
-from pipeline.models.work import Operation, Work, trace
+from pipeline.models.create import build_model
+from pipeline.planning.cost import cost
+from pipeline.planning.cpu_profile import CPUProfile
+from pipeline.planning.dry_run import Operation, Work, trace
+from pipeline.planning.gpus import ATTAINABLE, ATTAINABLE_BANDWIDTH, GPU, gpu_seconds
 from pipeline.recipe.schema import Recipe, training_size
-from pipeline.training.model import build_model
 
 DATA_SETS = {  # training images and classes of the sources whose size is known without looking
     "digits": (1437, 10),

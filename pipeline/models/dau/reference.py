@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.dau import NORM2_FLOOR, DAUConv2d
+from pipeline.models.dau import DAUConv2d
+from pipeline.models.dau.layer import NORM2_FLOOR
 
 
 def twin(layer: DAUConv2d, x: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.models import dau_functional, dau_triton
+from pipeline.models.dau import functional
+from pipeline.models.dau.fused import MAX_RANK
 
 Kind = Literal["convolution", "product", "dau", "normalisation", "pooling", "copy", "elementwise"]
 KINDS: dict[str, Kind] = {
@@ -66,7 +67,7 @@ def trace(model: nn.Module, input_size: Sequence[int], images: int, *, fused: bo
     """The work of ``model``, which is on the meta device, on ``images`` images of ``input_size`` (C, H, W).
 
     Args:
-        fused: whether a DAU is one operation, as in its CUDA kernels, or the many of ``dau_chunked``, as on a processor.
+        fused: whether a DAU is one operation, as in its CUDA kernels, or the many of ``chunked``, as on a processor.
     """
     parameters = list(model.parameters())
     for parameter in parameters:
@@ -147,12 +148,12 @@ def _bytes(tensor: Tensor) -> int:
 @contextmanager
 def _fused(recorder: _Recorder) -> Iterator[None]:
     """In this block a DAU's products are one operation for each pass, which touches its operands once (docs/triton.md)."""
-    original = dau_functional._kernels
-    dau_functional._kernels = lambda weight: _FusedKernels(recorder)
+    original = functional._kernels
+    functional._kernels = lambda weight: _FusedKernels(recorder)
     try:
         yield
     finally:
-        dau_functional._kernels = original
+        functional._kernels = original
 
 
 class _FusedKernels:
@@ -181,6 +182,6 @@ class _FusedKernels:
         of_dot, of_norm = units * (values * biased + rank), units * min(values, biased) * biased if with_norm else 0
         per_position = 3 * of_dot + 2 * of_norm if backward else of_dot + of_norm
         touched = (2 if backward else 1) * sum(_bytes(operand) for operand in (rows, z, weight)) + 8 * len(rows) * units
-        if rank > dau_triton.MAX_RANK:  # products of a chunk go through memory instead: about seven passes over them in a step
+        if rank > MAX_RANK:  # products of a chunk go through memory instead: about seven passes over them in a step
             touched += (5 if backward else 2) * len(rows) * rank * units * rows.element_size()
         self.recorder.add(Operation("dau", backward, per_position * len(rows), touched, _bytes(rows), True, (values, rank, units)))

@@ -29,7 +29,7 @@ class Cost:
 
 
 def dau_multiply_adds(layer: DAUConv2d, positions: int) -> int:
-    """z = B x; A_o^T x with every unit's <., z> and <b_o, x>; and, where g needs |w_o|, R_o [z, 1] (see dau_chunked.py)."""
+    """z = B x; A_o^T x with every unit's <., z> and <b_o, x>; and, where g needs |w_o|, R_o [z, 1] (see chunked.py)."""
     units, fan_in, rank = layer.up_weight.shape
     biased = rank + (layer.up_bias is not None)
     per_unit = fan_in * biased + rank

@@ -1,4 +1,4 @@
-"""Run by test_dau_triton with TRITON_INTERPRET=1: the kernels, executed on CPU, against the formulas with w formed as they read.
+"""Run by test_fused with TRITON_INTERPRET=1: the kernels, executed on CPU, against the formulas with w formed as they read.
 
 The interpreter multiplies the bit patterns of bf16 operands, so bf16 is compiled and self-checked on a GPU, not run here.
 """
@@ -8,9 +8,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.models import dau_functional, dau_triton
+from pipeline.models.dau import functional, fused
 
-dau_triton.MIN_SPAN = 50  # so that a sum over few positions is split, too
+fused.MIN_SPAN = 50  # so that a sum over few positions is split, too
 
 
 def slow(rows, z, weight, bias):
@@ -50,7 +50,7 @@ def test_equals_the_formulas(positions, values, rank, units, bias, norm, tf32, s
     exact = [None if operand is None else operand.double().requires_grad_() for operand in operands]
     expected = slow(*exact)
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
-    dot, norm2 = dau_triton.forward(*operands, with_norm=norm)
+    dot, norm2 = fused.forward(*operands, with_norm=norm)
     assert_close(dot, expected[0])
     assert (norm2 is not None) == norm
     if norm:
@@ -59,11 +59,11 @@ def test_equals_the_formulas(positions, values, rank, units, bias, norm, tf32, s
     wanted = torch.autograd.grad(loss, [tensor for tensor in exact if tensor is not None], retain_graph=True)
     if norm:  # rows do not enter norm2
         torch.testing.assert_close(wanted[0], torch.autograd.grad((expected[0] * grad_dot).sum(), exact[0], retain_graph=True)[0])
-    gradients = dau_triton.backward(*operands, grad_dot, grad_norm2 if norm else None, (True, True, True, bias))
+    gradients = fused.backward(*operands, grad_dot, grad_norm2 if norm else None, (True, True, True, bias))
     assert (gradients[3] is None) == (not bias)
     for ours, theirs in zip(gradients, wanted, strict=False):
         assert_close(ours, theirs)
-    explanation = dau_triton.backward(*operands, grad_dot, grad_norm2, (True, False, False, False))
+    explanation = fused.backward(*operands, grad_dot, grad_norm2, (True, False, False, False))
     assert explanation[1:] == (None, None, None)
     assert_close(explanation[0], wanted[0])
 
@@ -75,14 +75,14 @@ def test_norm_keeps_its_accuracy_in_a_weak_direction():
     weight = ((left * singular[:, None]) @ right).float()
     z = right[0, -1].float().expand(40, -1).contiguous()  # weak for unit 0
     exact = slow(rows.double(), z.double(), weight.double(), None)[1][:, 0]
-    norm2 = dau_triton.forward(rows, z, weight, None, with_norm=True)[1][:, 0]
+    norm2 = fused.forward(rows, z, weight, None, with_norm=True)[1][:, 0]
     gram = torch.einsum("nr,rs,ns->n", z, weight[0].T @ weight[0], z)
     torch.testing.assert_close(norm2.double(), exact, rtol=1e-3, atol=0)
     assert (gram - exact).abs().max() > 1e-3 * exact.max()  # the test can tell
 
     # its gradient in z, 2 A^T A z, may use the Gram matrix: that errs a few times as much as A z in fp32 does, not 1 / ratio times
     cotangent = torch.tensor([[1.0, 0.0, 0.0]]).expand(40, -1)
-    ours = dau_triton.backward(rows, z, weight, None, torch.zeros(40, 3), cotangent, (False, True, False, False))[1]
+    ours = fused.backward(rows, z, weight, None, torch.zeros(40, 3), cotangent, (False, True, False, False))[1]
     in_two_steps = 2 * (z @ weight[0].T) @ weight[0]
     wanted = 2 * (z.double() @ weight[0].double().T) @ weight[0].double()
     assert (ours - wanted).norm() <= 10 * (in_two_steps - wanted).norm()
@@ -90,25 +90,25 @@ def test_norm_keeps_its_accuracy_in_a_weak_direction():
 
 def test_same_inputs_give_the_same_bits():
     operands, cotangents = draw(131, 9, 5, 2, bias=True)
-    first, second = (dau_triton.backward(*operands, *cotangents, (True,) * 4) for _ in range(2))
+    first, second = (fused.backward(*operands, *cotangents, (True,) * 4) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_no_positions():
     operands, cotangents = draw(0, 9, 5, 2, bias=True)
-    assert dau_triton.forward(*operands, with_norm=True)[0].shape == (0, 2)
-    assert not dau_triton.backward(*operands, *cotangents, (True,) * 4)[2].any()
+    assert fused.forward(*operands, with_norm=True)[0].shape == (0, 2)
+    assert not fused.backward(*operands, *cotangents, (True,) * 4)[2].any()
 
 
 def test_self_check_passes_against_the_chunked_path():
-    assert dau_triton.self_check(torch.device("cpu"), torch.float32, dau_functional.reference) is None
+    assert fused.self_check(torch.device("cpu"), torch.float32, functional.reference) is None
 
 
 def test_explanation_of_several_targets():
     (_, z, weight, bias), _ = draw(70, 21, 5, 3, bias=True)
     grads = torch.rand(2, 70, 3)
     wanted = torch.einsum("kno,nod->knd", grads, torch.einsum("odr,nr->nod", weight, z) + bias)
-    assert_close(dau_triton.explain(z, weight, bias, grads), wanted)
+    assert_close(fused.explain(z, weight, bias, grads), wanted)
 
 
 @pytest.mark.parametrize(("factor", "expected"), [(1, None), (1.1, "dot differs from plain PyTorch in torch.float32")])
@@ -117,4 +117,4 @@ def test_self_check_tells_right_from_wrong(factor, expected):
         dot, norm2 = slow(*operands)
         return dot * factor, norm2
 
-    assert dau_triton.self_check(torch.device("cpu"), torch.float32, reference) == expected
+    assert fused.self_check(torch.device("cpu"), torch.float32, reference) == expected

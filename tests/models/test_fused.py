@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.models import dau_triton
+from pipeline.models.dau import fused
 
-INTERPRETED = Path(__file__).with_name("dau_triton_interpreted.py")
+INTERPRETED = Path(__file__).with_name("fused_interpreted.py")
 
 
 def test_kernels_in_the_interpreter():
@@ -51,13 +51,13 @@ def test_compiles_without_bias_and_norm():
     pytest.importorskip("triton", reason="triton is not installed")
     from benchmarks.triton_resources import compile_launch
 
-    launch = dau_triton.launches(100, 54, 32, 16, "tf32")["forward"]
+    launch = fused.launches(100, 54, 32, 16, "tf32")["forward"]
     assert compile_launch(launch, "fp32", 90, bias=False, norm=False).spilled == 0
 
 
 @pytest.mark.parametrize("size", [1, 8, 16, 27, 54, 64, 144, 147, 294, 576, 2048])
 def test_blocks_cover_every_size_with_little_padding(size):
-    block = dau_triton._block(size, 64)
+    block = fused._block(size, 64)
     assert block in (16, 32, 64)
     assert -size % block < max(16, size / 8)
 
@@ -67,19 +67,19 @@ def test_precision_follows_torch():
     try:
         for setting, expected in (("ieee", "tf32x3"), ("tf32", "tf32")):
             torch.backends.cuda.matmul.fp32_precision = setting
-            assert dau_triton.dot_precision(torch.float32) == expected
+            assert fused.dot_precision(torch.float32) == expected
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_self_check_gives_the_reason_where_triton_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "pipeline.models.dau_triton_kernels", raising=False)
-    monkeypatch.delattr("pipeline.models.dau_triton_kernels", raising=False)
+    monkeypatch.delitem(sys.modules, "pipeline.models.dau.fused_kernels", raising=False)
+    monkeypatch.delattr("pipeline.models.dau.fused_kernels", raising=False)
 
     def reference(rows, z, weight, bias):
         w = torch.einsum("odr,nr->nod", weight, z) + bias
         return (w * rows[:, None]).sum(2), w.square().sum(2)
 
-    reason = dau_triton.self_check(torch.device("cpu"), torch.float32, reference)
+    reason = fused.self_check(torch.device("cpu"), torch.float32, reference)
     assert reason is not None and reason.startswith("ModuleNotFoundError") and "triton" in reason

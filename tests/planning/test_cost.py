@@ -9,8 +9,8 @@ from family import HYBRIDS
 from torch import nn
 
 from pipeline.cli import main
-from pipeline.models.cost import cost, dau_multiply_adds, peer, table
 from pipeline.models.dau import DAUConv2d
+from pipeline.planning.cost import cost, dau_multiply_adds, peer, table
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 

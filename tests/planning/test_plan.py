@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from pipeline.recipe.load import load
 from torch import nn
 
 import pipeline  # noqa: F401  registers the CoDA models
 from pipeline.cli import main
-from pipeline.devices import ATTAINABLE, ATTAINABLE_BANDWIDTH, GPUS, CPUProfile, gpu_seconds
-from pipeline.models.cost import cost
-from pipeline.models.work import Operation, trace
-from pipeline.plan import Cluster, Plan, cpu_step, update_products
+from pipeline.planning.cost import cost
+from pipeline.planning.cpu_profile import CPUProfile
+from pipeline.planning.dry_run import Operation, trace
+from pipeline.planning.gpus import ATTAINABLE, ATTAINABLE_BANDWIDTH, GPUS, gpu_seconds
+from pipeline.planning.plan import Cluster, Plan, cpu_step, update_products
+from pipeline.recipe.load import load
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "cifar10_coda_resnet20.yaml"
 H100 = GPUS["h100"]

@@ -1,4 +1,4 @@
-"""Dynamic Alignment Units on CUDA: launchers of the Triton kernels in ``dau_triton_kernels`` (arXiv 2109.13004, eq. 1-4).
+"""Dynamic Alignment Units on CUDA: launchers of the Triton kernels in ``fused_kernels`` (arXiv 2109.13004, eq. 1-4).
 
 With w_o = A_o z + b_o, a = dL/d dot and c = 2 dL/d norm2, both (N, O), everything is a matrix product over the units:
 
@@ -33,7 +33,7 @@ MIN_SPAN = 1024  # positions of a split
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel of ``dau_triton_kernels``, its compile-time constants and its grid of programs."""
+    """A kernel of ``fused_kernels``, its compile-time constants and its grid of programs."""
 
     kernel: str
     constants: dict[str, int | str]
@@ -88,9 +88,9 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 def _run(launch: Launch, **arguments: Tensor | int | None) -> None:
-    from pipeline.models import dau_triton_kernels  # needs triton
+    from pipeline.models.dau import fused_kernels  # needs triton
 
-    kernel = getattr(dau_triton_kernels, launch.kernel)
+    kernel = getattr(fused_kernels, launch.kernel)
     with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
         kernel[launch.grid](**arguments, **launch.constants, **launch.options)
 
