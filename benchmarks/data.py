@@ -34,8 +34,9 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from pipeline.data.beton import measure
 from pipeline.data.loaders import train_loader
-from pipeline.data.manifest import Manifest, SplitFile, measure, write_manifest
+from pipeline.data.manifest import Manifest, SplitFile, write_manifest
 from pipeline.distributed import World
 from pipeline.recipe.load import from_dict
 

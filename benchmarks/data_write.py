@@ -21,9 +21,9 @@ from ffcv.fields import IntField, RGBImageField
 from ffcv.fields.rgb_image import encode_jpeg
 from ffcv.writer import DatasetWriter
 
+from pipeline.data.prepare import prepare
 from pipeline.data.sources import Split, open_source
-from pipeline.data.sources.images import fit
-from pipeline.data.write import prepare
+from pipeline.data.stored_size import fit
 from pipeline.recipe.load import from_dict
 from pipeline.recipe.schema import DataRecipe, Recipe
 

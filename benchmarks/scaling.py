@@ -25,7 +25,7 @@ import yaml
 from tqdm import tqdm
 
 import pipeline  # noqa: F401  registers the models
-from pipeline.data.write import prepare
+from pipeline.data.prepare import prepare
 from pipeline.recipe.load import from_dict, load
 
 IMAGES, EVERY = 64, 5  # per process and update; updates between two measurements

@@ -177,7 +177,7 @@ def _recipes(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from pipeline.data.write import prepare
+    from pipeline.data.prepare import prepare
     from pipeline.recipe.load import load
 
     print(prepare(load(find_recipe(options.recipe), options.overrides)))

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.load import EpochLoader
+from pipeline.data.epoch_loader import EpochLoader
 from pipeline.distributed import World, gather_across_ranks, sum_across_ranks
 from pipeline.interpret.alignment import alignment_histograms, distribution
 from pipeline.interpret.depth import interpretable_area, interpretable_depth

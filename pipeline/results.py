@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.load import EpochLoader, unit_range
+from pipeline.data.epoch_loader import EpochLoader, unit_range
 from pipeline.data.loaders import eval_loader
 from pipeline.distributed import World, barrier, gather_across_ranks
 from pipeline.errors import UserError

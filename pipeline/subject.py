@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipeline.data.load import EpochLoader, unit_range
+from pipeline.data.epoch_loader import EpochLoader, unit_range
 from pipeline.distributed import World, gather_across_ranks, sum_across_ranks
 from pipeline.interpret.explain import Layer, explainable_layers
 from pipeline.interpret.pointing_game import choose_grids

@@ -62,7 +62,7 @@ site_failed() { # CODE [LINE FILE]
 imports() { # COMMAND
     case $1 in
     train) echo pipeline.training.loop ;;
-    prepare) echo pipeline.data.write ;;
+    prepare) echo pipeline.data.prepare ;;
     evaluate) echo pipeline.results ;;
     esac
 }

@@ -31,7 +31,7 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
     """Folder in which the small recipe's .beton files stand ready, for recipes whose ``data.prepared`` is ``<folder>/data``."""
-    from pipeline.data.write import prepare
+    from pipeline.data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("prepared")
     prepare(small_recipe(folder))

@@ -9,7 +9,7 @@ from processes import run_on, stand_as
 from recipes_for_tests import small_recipe
 from torch import nn
 
-from pipeline.data.load import unit_range
+from pipeline.data.epoch_loader import unit_range
 from pipeline.data.loaders import eval_loader
 from pipeline.distributed import World, process_group
 from pipeline.evaluate import METRICS, evaluate

@@ -7,7 +7,7 @@ import pytest
 import torch
 from data.small_data import write_images
 
-from pipeline.data.write import prepare
+from pipeline.data.prepare import prepare
 from pipeline.distributed import process_group
 from pipeline.planning.gpus import GPUS
 from pipeline.planning.plan import Cluster, Plan

@@ -1,109 +1,121 @@
-"""Order and augmentation as pure functions of (seed, epoch, sample index), so that threads, ranks and restarts change nothing.
+"""What is done to decoded training images: colour jitter, RandAugment, random erasing, mixup and cutmix.
 
-Random numbers come from the SplitMix64 finaliser (Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
-OOPSLA 2014) as a hash; random resized crops follow Szegedy et al. (arXiv 1409.4842, section 6) as torchvision draws them.
-A box is (top, left, height, width) in pixels of the stored image.
+Sources: RandAugment, arXiv 1909.13719; random erasing, arXiv 1708.04896; mixup, arXiv 1710.09412; cutmix, arXiv 1905.04899; all with
+the constants of torchvision's classes of these names. ``draw(stream)`` gives one number in [0, 1) for each image, so that what
+happens to it depends on nothing else: not on the other images of the batch (but its partner), nor on their number or torch's threads.
 """
 
 from collections.abc import Callable
 
 import numpy as np
+import torch
+from scipy.special import betaincinv
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
-from pipeline.images import CENTRE_SHARE
+from pipeline.data.sampling import fitting_boxes
 
-CROP_AREA = (0.08, 1.0)  # share of the stored image's area
-CROP_ASPECT = (3 / 4, 4 / 3)  # width / height
-ATTEMPTS = 10  # to find a random box that fits
+Draw = Callable[[int], np.ndarray]  # stream -> (B,) numbers in [0, 1)
 
-FLIP, SHIFT_DOWN, SHIFT_RIGHT, CROP = range(4)  # streams of independent random numbers; CROP and the following for the crops
-
-
-def uniform(seed: int, epoch: int, indices: np.ndarray, stream: int) -> np.ndarray:
-    """(N,) numbers in [0, 1), one for each sample index."""
-    state = np.zeros(len(indices), np.uint64)
-    for word in (seed, epoch, stream, indices):
-        state = _mix(state ^ np.asarray(word, np.uint64))
-    return (state >> np.uint64(11)) * 2.0**-53
+JITTER, RANDAUGMENT, ERASE, MIX = 64, 96, 128, 192  # first of the streams that a function below draws from
+ERASED_AREA = (0.02, 1 / 3)
+ERASED_ASPECT = (0.3, 3.3)
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def color_jitter(images: Tensor, strength: float, draw: Draw) -> Tensor:
+    """``images`` (B, 3, S, S) uint8 with brightness, contrast and saturation each scaled by 1 - strength .. 1 + strength.
 
-
-def permutation(seed: int, epoch: int, samples: int) -> np.ndarray:
-    """(samples,) int64: the order in which one epoch visits the samples, the same on every process."""
-    return np.random.default_rng([seed, epoch]).permutation(samples)
-
-
-def page_permutation(seed: int, epoch: int, pages: np.ndarray, window: int) -> np.ndarray:
-    """As ``permutation``, but ``window`` pages of the file at a time: (samples,) int64, for samples that lie in ``pages`` (samples,).
-
-    Pages come in random order, and the samples of a window of them are shuffled, so that only a window need be in memory.
+    Each image has its own order of the three. torchvision has the same steps, for one factor at a time.
     """
-    generator = np.random.default_rng([seed, epoch])
-    numbers, page = np.unique(pages, return_inverse=True)
-    windows = generator.permutation(len(numbers))[page] // window  # (samples,)
-    return np.lexsort((generator.random(len(pages)), windows))
+    factors = [1 + strength * (2 * draw(JITTER + step) - 1) for step in range(3)]
+    orders = np.argsort([draw(JITTER + 3 + step) for step in range(3)], axis=0)  # (3, B)
+    for turn in range(3):
+        for step, other in enumerate((_black, _mean_grey, _grey)):
+            if (chosen := _rows(orders[turn] == step)) is not None:
+                part = images[chosen]
+                factor = torch.from_numpy(factors[step]).float()[chosen].view(-1, 1, 1, 1)
+                images[chosen] = (part * factor + other(part) * (1 - factor)).clamp_(0, 255).to(torch.uint8)
+    return images
 
 
-def moves(seed: int, epoch: int, indices: np.ndarray, flip: bool, padding: int) -> np.ndarray:
-    """(N, 3): whether to mirror (half of the images, if ``flip``), then by how much to move up and left: -padding .. padding pixels."""
-    mirrored = uniform(seed, epoch, indices, FLIP) < 0.5 if flip else np.zeros(len(indices), bool)
-    shifts = [uniform(seed, epoch, indices, stream) * (2 * padding + 1) for stream in (SHIFT_DOWN, SHIFT_RIGHT)]
-    return np.stack([mirrored, *(np.floor(shift) - padding for shift in shifts)], axis=1)
+def _black(images: Tensor) -> Tensor:
+    return torch.zeros(1)
 
 
-def whole_boxes(heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """(N, 4) boxes that hold the whole images."""
-    return np.stack([np.zeros_like(heights), np.zeros_like(widths), heights, widths], axis=1)
+def _grey(images: Tensor) -> Tensor:
+    return F.rgb_to_grayscale(images)
 
 
-def centre_boxes(heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """(N, 4) central squares with CENTRE_SHARE of the shorter side."""
-    side = np.maximum(np.round(np.minimum(heights, widths) * CENTRE_SHARE).astype(np.int64), 1)
-    return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
+def _mean_grey(images: Tensor) -> Tensor:
+    return _grey(images).double().mean((1, 2, 3), keepdim=True).float()  # an exact sum, in whatever order it is done
 
 
-def random_boxes(heights: np.ndarray, widths: np.ndarray, seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
-    """(N, 4) boxes of random area, aspect ratio and place; the largest central one of valid aspect if no attempt fits."""
-    low, high = CROP_ASPECT
-    boxes, found = fitting_boxes(
-        heights, widths, CROP_AREA, CROP_ASPECT, lambda stream, left: uniform(seed, epoch, indices[left], CROP + stream)
-    )
-    box_widths = np.minimum(widths, np.maximum(np.round(heights * high), 1)).astype(np.int64)
-    box_heights = np.minimum(heights, np.maximum(np.round(widths / low), 1)).astype(np.int64)
-    central = np.stack([(heights - box_heights) // 2, (widths - box_widths) // 2, box_heights, box_widths], axis=1)
-    return np.where(found[:, None], boxes, central)
+def _rows(mask: np.ndarray) -> Tensor | None:
+    return torch.from_numpy(np.flatnonzero(mask)) if mask.any() else None
 
 
-def fitting_boxes(
-    heights: np.ndarray,
-    widths: np.ndarray,
-    areas: tuple[float, float],
-    aspects: tuple[float, float],
-    draw: Callable[[int, np.ndarray], np.ndarray],
-) -> tuple[np.ndarray, np.ndarray]:
-    """(N, 4) boxes inside images of (N,) ``heights`` and ``widths``, and (N,) whether one of the attempts gave one.
+def rand_augment(images: Tensor, operations: int, magnitude: int, draw: Draw) -> Tensor:
+    """``operations`` random steps of torchvision's RandAugment on ``images`` (B, 3, S, S) uint8, at ``magnitude`` 0 .. 30."""
+    library = v2.RandAugment(operations, magnitude)
+    for turn in range(operations):
+        which = np.floor(draw(RANDAUGMENT + 2 * turn) * len(library._AUGMENTATION_SPACE))
+        negative = draw(RANDAUGMENT + 2 * turn + 1) < 0.5
+        for number, (name, (magnitudes, signed)) in enumerate(library._AUGMENTATION_SPACE.items()):
+            scale = magnitudes(library.num_magnitude_bins, *images.shape[2:])
+            value = 0.0 if scale is None else float(scale[magnitude])
+            for sign in (1, -1) if signed else (1,):
+                if (chosen := _rows((which == number) & ((not signed) | (negative == (sign < 0))))) is not None:
+                    # Never one alone: torch would split the sum over its pixels among its threads, whose number would show.
+                    part = images[chosen if len(chosen) > 1 else chosen.expand(2)]
+                    done = library._apply_image_or_video_transform(part, name, sign * value, library.interpolation, library._fill)
+                    images[chosen] = done[: len(chosen)]
+    return images
 
-    The share of the area is uniform in ``areas``, the logarithm of width / height in that of ``aspects``, the place uniform.
-    ``draw(stream, left)`` gives numbers in [0, 1) for the images ``left``; streams 0 to 4 * ATTEMPTS - 1 are used.
+
+def random_erasing(images: Tensor, probability: float, draw: Draw) -> Tensor:
+    """``images`` (B, 3, S, S) with a rectangle of random area, aspect ratio and place set to 0 in a share ``probability`` of them."""
+    side = np.full(len(images), images.shape[2])
+    boxes, found = fitting_boxes(side, side, ERASED_AREA, ERASED_ASPECT, lambda stream, left: draw(ERASE + 1 + stream)[left])
+    for number in np.flatnonzero(found & (draw(ERASE) < probability)):
+        top, left, height, width = boxes[number]
+        images[number, :, top : top + height, left : left + width] = 0
+    return images
+
+
+def mix(images: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: float, draw: Draw) -> tuple[Tensor, Tensor]:
+    """Mix images 2k and 2k + 1 of a batch with each other, by mixup or by cutmix (evenly often, where both are on).
+
+    Neighbours in the order of an epoch, of which every micro batch has an even number, are partners, whatever the number of
+    processes. Both get the same share of their own: Beta(a, a) distributed, with a = ``mixup`` or ``cutmix``; 0 turns one off.
+
+    Args:
+        images: (B, 3, S, S) uint8, B even. labels: (B,) int64.
+
+    Returns:
+        images, and targets (B, C) float32 that say which part of an image is of which class.
     """
-    boxes, found = np.zeros((len(heights), 4), np.int64), np.zeros(len(heights), bool)
-    (low, high), (least, most) = aspects, areas
-    for attempt in range(ATTEMPTS):
-        left = np.flatnonzero(~found)
-        if not len(left):
-            break
-        height, width = heights[left], widths[left]
-        area, aspect, down, right = (draw(4 * attempt + number, left) for number in range(4))
-        area = height * width * (least + area * (most - least))
-        aspect = low * (high / low) ** aspect
-        h, w = np.round(np.sqrt(area / aspect)).astype(np.int64), np.round(np.sqrt(area * aspect)).astype(np.int64)
-        top, start = np.floor(down * (height - h + 1)).astype(np.int64), np.floor(right * (width - w + 1)).astype(np.int64)
-        fits = (0 < h) & (h <= height) & (0 < w) & (w <= width)
-        boxes[left[fits]] = np.stack([top, start, h, w], axis=1)[fits]
-        found[left] = fits
-    return boxes, found
+    size = images.shape[2]
+    by_cutmix = draw(MIX)[::2] < (0.5 if mixup and cutmix else float(cutmix > 0))
+    alpha = np.where(by_cutmix, cutmix, mixup)
+    own = betaincinv(alpha, alpha, draw(MIX + 1)[::2])  # (pairs,) share of the own image
+    middle = [draw(MIX + 2 + axis)[::2] * size for axis in range(2)]
+    half = np.sqrt(1 - own) * size / 2
+    begin, end = (np.stack([np.clip(np.floor(m + sign * half), 0, size) for m in middle]).astype(int) for sign in (-1, 1))  # (2, pairs)
+    own = np.where(by_cutmix, 1 - (end - begin).prod(0) / size**2, own)
+    partners = _swap(images)
+    for pair in np.flatnonzero(by_cutmix):
+        (top, left), (bottom, right) = begin[:, pair], end[:, pair]
+        both = slice(2 * pair, 2 * pair + 2)
+        images[both, :, top:bottom, left:right] = partners[both, :, top:bottom, left:right]
+    shares = torch.from_numpy(own.repeat(2)).float()
+    if (blended := _rows(~by_cutmix.repeat(2))) is not None:
+        share = shares[blended].view(-1, 1, 1, 1)
+        images[blended] = (images[blended] * share + partners[blended] * (1 - share)).round_().to(torch.uint8)
+    one_hot = torch.nn.functional.one_hot(labels, classes).float()
+    return images, shares[:, None] * one_hot + (1 - shares[:, None]) * _swap(one_hot)
+
+
+def _swap(values: Tensor) -> Tensor:
+    """Rows 2k and 2k + 1 exchanged, as a copy."""
+    return values[torch.arange(len(values)) ^ 1]

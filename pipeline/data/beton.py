@@ -3,6 +3,7 @@
 An image lies within one page. Until the address of the last table is in the header, a file counts as unfinished.
 """
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,9 @@ from ffcv.fields.base import Field
 from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, TYPE_ID_HANDLER, FieldDescType, HeaderType, get_metadata_type
 from ffcv.utils import align_to_page
 
+from pipeline.errors import UserError
+
+REMEDY = "run `coda prepare` with the recipe"
 MIN_PAGE = 1 << 23  # bytes
 FIELDS: Mapping[str, Field] = {"image": RGBImageField(), "label": IntField()}
 SAMPLE = get_metadata_type(list(FIELDS.values()))  # f0: mode, width, height and data_ptr of the image; f1: label
@@ -87,3 +91,41 @@ def _fields() -> bytes:
         description["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
         description["arguments"][:] = field.to_binary()[0]
     return descriptions.tobytes()
+
+
+def layout(path: Path) -> tuple[int, int]:
+    """(bytes of a page, bytes of the largest decoded image) of a .beton file, from its header and table of samples."""
+    header = np.fromfile(path, HeaderType, count=1)[0]
+    start = HeaderType.itemsize + int(header["num_fields"]) * FieldDescType.itemsize
+    table = np.memmap(path, get_metadata_type([RGBImageField(), IntField()]), "r", start, (int(header["num_samples"]),))["f0"]
+    return int(header["page_size"]), 3 * int((table["height"].astype(np.int64) * table["width"]).max())
+
+
+def measure(path: Path) -> tuple[int, int, str]:
+    """(bytes, samples, sha256 of header and tables) of a .beton file with one image and one label per sample.
+
+    Raises:
+        UserError: unreadable, unfinished (FFCV writes the address of the last table at the very end) or truncated.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            block = file.read(HeaderType.itemsize)
+            if len(block) < HeaderType.itemsize:
+                raise UserError(f"{path}: is truncated; {REMEDY}")
+            header = np.frombuffer(block, HeaderType)[0]
+            fields, samples, table = int(header["num_fields"]), int(header["num_samples"]), int(header["alloc_table_ptr"])
+            if header["version"] != CURRENT_VERSION or fields != 2:
+                raise UserError(f"{path}: is not a .beton file of images and labels; {REMEDY}")
+            if table == 0:
+                raise UserError(f"{path}: is unfinished, its writer was stopped; {REMEDY}")
+            metadata = fields * FieldDescType.itemsize + samples * get_metadata_type([RGBImageField(), IntField()]).itemsize
+            if HeaderType.itemsize + metadata > table or table + samples * ALLOC_TABLE_TYPE.itemsize != size:
+                raise UserError(f"{path}: is truncated or damaged, its size does not fit its header; {REMEDY}")
+            digest.update(block + file.read(metadata))
+            file.seek(table)
+            digest.update(file.read())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
+    return size, samples, digest.hexdigest()

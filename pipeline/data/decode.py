@@ -9,11 +9,9 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 import numpy as np
-from ffcv.fields import IntField, RGBImageField
 from ffcv.fields.rgb_image import IMAGE_MODES
 from ffcv.libffcv import lib
 from ffcv.reader import Reader
-from ffcv.types import FieldDescType, HeaderType, get_metadata_type
 from numba import njit, prange, types
 
 TOP, LEFT, HEIGHT, WIDTH, FLIP, DOWN, RIGHT = range(7)  # columns of a plan
@@ -33,14 +31,6 @@ _imdecode = _external(
     "imdecode", types.int32(types.voidptr, types.uint64, _u32, _u32, types.voidptr, *[_u32] * 6, types.boolean, types.boolean)
 )
 _resize = _external("resize", types.void(*[types.int64] * 11))
-
-
-def layout(path: Path) -> tuple[int, int]:
-    """(bytes of a page, bytes of the largest decoded image) of a .beton file, from its header and table of samples."""
-    header = np.fromfile(path, HeaderType, count=1)[0]
-    start = HeaderType.itemsize + int(header["num_fields"]) * FieldDescType.itemsize
-    table = np.memmap(path, get_metadata_type([RGBImageField(), IntField()]), "r", start, (int(header["num_samples"]),))["f0"]
-    return int(header["page_size"]), 3 * int((table["height"].astype(np.int64) * table["width"]).max())
 
 
 class StoredImages:

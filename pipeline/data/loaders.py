@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data import augment, transforms
+from pipeline.data import augment, sampling
 from pipeline.data.decode import StoredImages
-from pipeline.data.load import Batch, EpochLoader
+from pipeline.data.epoch_loader import Batch, EpochLoader
 from pipeline.data.manifest import Manifest, open_manifest
-from pipeline.data.storage import readable_file
+from pipeline.data.staging import readable_file
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.recipe.schema import Recipe, training_size
@@ -67,7 +67,7 @@ def _shuffle(recipe: Recipe, path: Path, samples: int) -> Callable[[int], np.nda
     """epoch -> (samples,) the order of all images."""
     window, global_batch, seed = recipe.data.shuffle_pages, recipe.training.global_batch_size, recipe.seed
     if window is None:
-        return lambda epoch: augment.permutation(seed, epoch, samples)
+        return lambda epoch: sampling.permutation(seed, epoch, samples)
     pages = StoredImages(path).pages
     together = samples * window // len(np.unique(pages))
     if together < global_batch:
@@ -75,7 +75,7 @@ def _shuffle(recipe: Recipe, path: Path, samples: int) -> Callable[[int], np.nda
             f"data.shuffle_pages is {window}: so many pages of {path} hold some {together} images, fewer than "
             f"training.global_batch_size {global_batch}, so that the same ones would meet in every epoch; set it higher"
         )
-    return lambda epoch: augment.page_permutation(seed, epoch, pages, window)
+    return lambda epoch: sampling.page_permutation(seed, epoch, pages, window)
 
 
 @dataclass(frozen=True)
@@ -94,25 +94,25 @@ class _Augmentation:
 
     def boxes(self, heights: np.ndarray, widths: np.ndarray, epoch: int, samples: np.ndarray) -> np.ndarray:
         if self.manifest.fixed_size:
-            return augment.whole_boxes(heights, widths)
-        return augment.random_boxes(heights, widths, self.recipe.seed, epoch, samples)
+            return sampling.whole_boxes(heights, widths)
+        return sampling.random_boxes(heights, widths, self.recipe.seed, epoch, samples)
 
     def moves(self, size: int, epoch: int, samples: np.ndarray) -> np.ndarray:
         data = self.recipe.data
-        return augment.moves(self.recipe.seed, epoch, samples, data.flip, data.crop_padding * size // data.image_size)
+        return sampling.moves(self.recipe.seed, epoch, samples, data.flip, data.crop_padding * size // data.image_size)
 
     def transform(self, batch: Batch, epoch: int) -> Batch:
         data, images, targets = self.recipe.data, batch.images, None
-        draw = partial(augment.uniform, self.recipe.seed, epoch, batch.indices.numpy())
+        draw = partial(sampling.uniform, self.recipe.seed, epoch, batch.indices.numpy())
         if data.rand_augment_operations:
-            images = transforms.rand_augment(images, data.rand_augment_operations, data.rand_augment_magnitude, draw)
+            images = augment.rand_augment(images, data.rand_augment_operations, data.rand_augment_magnitude, draw)
         if data.color_jitter:
-            images = transforms.color_jitter(images, data.color_jitter, draw)
+            images = augment.color_jitter(images, data.color_jitter, draw)
         if data.random_erasing:
-            images = transforms.random_erasing(images, data.random_erasing, draw)
+            images = augment.random_erasing(images, data.random_erasing, draw)
         if self.mixes:
             classes = len(self.manifest.classes)
-            images, targets = transforms.mix(images, batch.labels, classes, data.mixup_alpha, data.cutmix_alpha, draw)
+            images, targets = augment.mix(images, batch.labels, classes, data.mixup_alpha, data.cutmix_alpha, draw)
         return batch._replace(images=images, targets=targets)
 
 
@@ -130,7 +130,7 @@ def eval_loader(recipe: Recipe, world: World, batch_size: int, split: str = "val
         return np.arange(world.rank, manifest.splits[split].samples, world.size)
 
     def boxes(heights: np.ndarray, widths: np.ndarray, epoch: int, chosen: np.ndarray) -> np.ndarray:
-        return augment.whole_boxes(heights, widths) if manifest.fixed_size else augment.centre_boxes(heights, widths)
+        return sampling.whole_boxes(heights, widths) if manifest.fixed_size else sampling.centre_boxes(heights, widths)
 
     path = readable_file(recipe.data, manifest, split)
     size = recipe.data.evaluated_size

@@ -12,17 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from ffcv.fields import IntField, RGBImageField
-from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
-
+from pipeline.data.beton import REMEDY, measure
 from pipeline.errors import UserError
 from pipeline.files import sync, write_atomically
 from pipeline.recipe.schema import MAX_RESOLUTION, DataRecipe
 
 NAME = "manifest.json"
 VERSION = 1
-REMEDY = "run `coda prepare` with the recipe"
 
 
 @dataclass(frozen=True)
@@ -135,33 +131,3 @@ def publish(temporary: Path, final: Path) -> None:
     sync(temporary)
     os.replace(temporary, final)
     sync(final.parent)
-
-
-def measure(path: Path) -> tuple[int, int, str]:
-    """(bytes, samples, sha256 of header and tables) of a .beton file with one image and one label per sample.
-
-    Raises:
-        UserError: unreadable, unfinished (FFCV writes the address of the last table at the very end) or truncated.
-    """
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            block = file.read(HeaderType.itemsize)
-            if len(block) < HeaderType.itemsize:
-                raise UserError(f"{path}: is truncated; {REMEDY}")
-            header = np.frombuffer(block, HeaderType)[0]
-            fields, samples, table = int(header["num_fields"]), int(header["num_samples"]), int(header["alloc_table_ptr"])
-            if header["version"] != CURRENT_VERSION or fields != 2:
-                raise UserError(f"{path}: is not a .beton file of images and labels; {REMEDY}")
-            if table == 0:
-                raise UserError(f"{path}: is unfinished, its writer was stopped; {REMEDY}")
-            metadata = fields * FieldDescType.itemsize + samples * get_metadata_type([RGBImageField(), IntField()]).itemsize
-            if HeaderType.itemsize + metadata > table or table + samples * ALLOC_TABLE_TYPE.itemsize != size:
-                raise UserError(f"{path}: is truncated or damaged, its size does not fit its header; {REMEDY}")
-            digest.update(block + file.read(metadata))
-            file.seek(table)
-            digest.update(file.read())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
-    return size, samples, digest.hexdigest()

@@ -11,8 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.decode import layout
-from pipeline.data.load import BATCHES_AHEAD
+from pipeline.data.beton import layout
+from pipeline.data.epoch_loader import BATCHES_AHEAD
 from pipeline.data.manifest import open_manifest
 from pipeline.distributed import World, gather_across_ranks
 from pipeline.errors import UserError

@@ -7,9 +7,10 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from pipeline.data.augment import whole_boxes
-from pipeline.data.load import EpochLoader
-from pipeline.data.manifest import NAME, REMEDY, Manifest, SplitFile, open_manifest
+from pipeline.data.beton import REMEDY
+from pipeline.data.epoch_loader import EpochLoader
+from pipeline.data.manifest import NAME, Manifest, SplitFile, open_manifest
+from pipeline.data.sampling import whole_boxes
 from pipeline.errors import UserError
 from pipeline.recipe.schema import DataRecipe
 

@@ -184,7 +184,7 @@ def ffcv() -> str:
     from PIL import Image
 
     from pipeline.data.loaders import eval_loader
-    from pipeline.data.write import prepare
+    from pipeline.data.prepare import prepare
     from pipeline.distributed import World
 
     planted = _planted_images()

@@ -13,10 +13,10 @@ from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
 from pipeline.data import manifest
-from pipeline.data.load import Batch, unit_range
+from pipeline.data.epoch_loader import Batch, unit_range
 from pipeline.data.loaders import eval_loader, train_loader
 from pipeline.data.memory import require_memory
-from pipeline.data.write import prepare
+from pipeline.data.prepare import prepare
 from pipeline.distributed import World, average_buffers, barrier, gather_across_ranks, job_tags, sum_across_ranks, together
 from pipeline.errors import UserError, report
 from pipeline.evaluate import evaluate

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from small_data import recipe, write_images
 
-from pipeline.data.write import prepare
+from pipeline.data.prepare import prepare
 from pipeline.recipe.schema import Recipe
 
 MakeRecipe = Callable[..., Recipe]

@@ -21,12 +21,12 @@ import numpy as np
 from PIL import Image
 from small_data import recipe, write_images
 
-from pipeline.data.journal import Journal
+from pipeline.data.chunk_journal import Journal
 from pipeline.data.manifest import open_manifest
+from pipeline.data.prepare import prepare
 from pipeline.data.sources import open_source
-from pipeline.data.sources.images import fit
+from pipeline.data.stored_size import fit
 from pipeline.data.verify import verify
-from pipeline.data.write import prepare
 from pipeline.errors import UserError
 from pipeline.images import decode
 
@@ -181,7 +181,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
 def journal_of_four(data: Path) -> bytes:
     """A journal with four chunks of two images."""
     from pipeline.data.beton import STORED
-    from pipeline.data.journal import Chunk
+    from pipeline.data.chunk_journal import Chunk
 
     data.touch()
     journal = Journal(data, "x")

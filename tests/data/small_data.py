@@ -7,7 +7,7 @@ from ffcv.reader import Reader
 from PIL import Image
 
 from pipeline.data.sources import Split
-from pipeline.data.sources.images import fit
+from pipeline.data.stored_size import fit
 from pipeline.recipe.load import from_dict
 from pipeline.recipe.schema import DataRecipe, Recipe
 

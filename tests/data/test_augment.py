@@ -1,80 +1,168 @@
-"""Augmentation is a pure function of (seed, epoch, sample index), and has the distribution it claims."""
+"""Augmentations of decoded images: what each does, and that it depends on nothing but (seed, epoch, sample)."""
+
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
-from pipeline.data import augment
-from pipeline.data.loaders import train_loader
+from pipeline.data import augment, sampling
+from pipeline.data.augment import color_jitter, mix, rand_augment, random_erasing
+from pipeline.data.epoch_loader import Batch
+from pipeline.data.loaders import eval_loader, train_loader
 from pipeline.distributed import World
+from pipeline.errors import UserError
+from pipeline.recipe.schema import training_size
 
-INDICES = np.arange(20_000)
-
-
-def obvious_twin(image: torch.Tensor, mirrored: bool, down: int, right: int) -> torch.Tensor:
-    """The pixel of (row, column) comes from (row + down, column + right) of the (mirrored) image, or is 0, one by one."""
-    size = image.shape[-1]
-    result = torch.zeros_like(image)
-    for row in range(size):
-        for column in range(size):
-            if 0 <= row + down < size and 0 <= column + right < size:
-                source = column + right
-                result[:, row, column] = image[:, row + down, size - 1 - source if mirrored else source]
-    return result
+EVERYTHING = {
+    "flip": True,
+    "rand_augment_operations": 2,
+    "color_jitter": 0.4,
+    "random_erasing": 0.5,
+    "mixup_alpha": 0.8,
+    "cutmix_alpha": 1.0,
+}
 
 
-def test_flip_and_shift_are_the_obvious_ones(digits, make_recipe):
-    recipe, padding = make_recipe(prepared=digits, flip=True, crop_padding=2), 2
-    plain, moved = (train_loader(made, World(), 16) for made in (make_recipe(prepared=digits), recipe))
-    with plain.epoch(5) as images, moved.epoch(5) as results:
-        before, after = next(images), next(results)
-    mirrored, down, right = augment.moves(0, 5, before.indices.numpy(), True, padding).T
-    assert set(mirrored) == {0, 1} and len(set(down)) > 2
-    for number in range(16):
-        twin = obvious_twin(before.images[number], mirrored[number], int(down[number]), int(right[number]))
-        assert torch.equal(after.images[number], twin)
+def pictures(count: int, size: int = 24) -> torch.Tensor:
+    """(count, 3, size, size) as the loader gives them: smooth, uint8, channels last."""
+    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    fine = torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear").mul(255).to(torch.uint8)
+    return fine.to(memory_format=torch.channels_last)
 
 
-def test_flip_is_fair_and_shift_is_uniform():
-    mirrored, down, right = augment.moves(0, 0, INDICES, True, 4).T
-    assert abs(mirrored.mean() - 0.5) < 4 * 0.5 / np.sqrt(len(INDICES))  # four standard deviations
-    counts = np.bincount(((down + 4) * 9 + right + 4).astype(int), minlength=81)  # all 9 x 9 places
-    expected = len(INDICES) / 81
-    assert len(counts) == 81 and ((counts - expected) ** 2 / expected).sum() < 124.9  # chi square, 80 degrees of freedom, p = 0.001
-    assert not augment.moves(0, 0, INDICES, False, 0).any()
+def draws(count: int, seed: int = 0):
+    return partial(sampling.uniform, seed, 0, np.arange(count))
 
 
-@pytest.mark.parametrize("other", [(1, 0, augment.FLIP), (0, 1, augment.FLIP), (0, 0, augment.SHIFT_DOWN)], ids=["seed", "epoch", "stream"])
-def test_draws_of_other_seeds_epochs_and_streams_are_unrelated(other):
-    seed, epoch, stream = other
-    first, second = augment.uniform(0, 0, INDICES, augment.FLIP), augment.uniform(seed, epoch, INDICES, stream)
-    assert abs(np.corrcoef(first, second)[0, 1]) < 4 / np.sqrt(len(INDICES))
-    assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 4 / np.sqrt(len(INDICES))  # nor are neighbouring samples
+@pytest.mark.parametrize("function", [partial(rand_augment, operations=2, magnitude=9), partial(color_jitter, strength=0.4)])
+def test_an_image_is_changed_alike_alone_and_among_others(function):
+    images = pictures(64, 260)  # sums over so many pixels round, in whatever order they are taken
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        together = function(images.clone(), draw=draws(64))
+        assert (together != images).flatten(1).any(1).float().mean() > 0.8
+        torch.set_num_threads(1)
+        for number in range(0, 64, 7):
+            draw = partial(sampling.uniform, 0, 0, np.array([number]))
+            assert torch.equal(function(images[number : number + 1].clone(), draw=draw)[0], together[number])
+    finally:
+        torch.set_num_threads(threads)
 
 
-def test_a_draw_depends_on_its_own_sample_only():
-    alone = augment.uniform(7, 2, INDICES[500:501], augment.FLIP)
-    assert alone == augment.uniform(7, 2, INDICES, augment.FLIP)[500]
+def test_rand_augment_does_each_of_torchvisions_operations_equally_often():
+    images, library = pictures(1, 24).expand(2800, -1, -1, -1).clone(), v2.RandAugment()
+    found = rand_augment(images.clone(), 1, 9, draws(2800))
+    outcomes: dict[bytes, float] = {}  # of one operation on the one picture, with the share of images that it should make
+    for name, (magnitudes, signed) in library._AUGMENTATION_SPACE.items():
+        scale = magnitudes(31, 24, 24)
+        for sign in (1, -1) if signed else (1,):
+            value = sign * float(scale[9]) if scale is not None else 0.0
+            done = library._apply_image_or_video_transform(images[:1], name, value, library.interpolation, library._fill)
+            key = done.contiguous().numpy().tobytes()
+            outcomes[key] = outcomes.get(key, 0) + 1 / 14 / (2 if signed else 1)
+    counts = dict.fromkeys(outcomes, 0)
+    for image in found:
+        counts[image.contiguous().numpy().tobytes()] += 1  # a KeyError is an outcome that is none of them
+    for key, share in outcomes.items():
+        assert counts[key] == pytest.approx(2800 * share, abs=4 * np.sqrt(2800 * share))
 
 
-def test_random_boxes_are_inside_and_cover_the_claimed_areas():
-    generator = np.random.default_rng(0)
-    heights, widths = generator.integers(200, 400, (2, len(INDICES)))
-    top, left, height, width = augment.random_boxes(heights, widths, 0, 0, INDICES).T
-    assert min(top.min(), left.min()) >= 0 and min(height.min(), width.min()) >= 1
-    assert (top + height <= heights).all() and (left + width <= widths).all()
-    area, aspect = height * width / (heights * widths), width / height
-    assert 0.078 < area.min() < 0.09 and area.max() > 0.9
-    assert 0.73 < aspect.min() < 0.77 and 1.3 < aspect.max() < 1.36
-    assert abs(np.log(aspect).mean()) < 0.01  # as often wide as high
+def test_color_jitter_is_torchvisions_steps_in_the_drawn_order():
+    images, draw = pictures(32), draws(32)
+    found = color_jitter(images.clone(), 0.4, draw)
+    steps = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
+    for number, image in enumerate(images):
+        factors = [1 + 0.4 * (2 * draw(augment.JITTER + step)[number] - 1) for step in range(3)]
+        for step in np.argsort([draw(augment.JITTER + 3 + step)[number] for step in range(3)]):
+            image = steps[step](image, factors[step])
+        differences = (found[number].int() - image.int()).abs()
+        assert differences.max() <= 3 and (differences == 0).float().mean() > 0.95  # a fused multiplication may round otherwise
 
 
-def test_random_boxes_of_a_narrow_strip_fall_back_to_its_centre():
-    heights, widths = np.full(50, 10), np.full(50, 1000)
-    boxes = augment.random_boxes(heights, widths, 0, 0, np.arange(50))
-    assert (boxes == [0, (1000 - 13) // 2, 10, 13]).all()
+def test_random_erasing_erases_the_claimed_areas_in_the_claimed_share():
+    found = random_erasing(torch.full((4000, 1, 50, 50), 7, dtype=torch.uint8), 0.25, draws(4000))
+    areas = (found == 0).float().mean((1, 2, 3))
+    erased = areas > 0
+    assert erased.float().mean() == pytest.approx(0.25, abs=4 * np.sqrt(0.25 * 0.75 / 4000))
+    assert 0.015 < areas[erased].min() < 0.03 and 0.3 < areas.max() < 0.35
+    for picture in found[erased][:20, 0] == 0:
+        rows, columns = picture.any(1), picture.any(0)
+        assert picture.sum() == rows.sum() * columns.sum()  # a whole rectangle
 
 
-def test_centre_boxes_are_central_squares():
-    boxes = augment.centre_boxes(np.array([256, 300, 1]), np.array([512, 256, 2]))
-    assert boxes.tolist() == [[16, 144, 224, 224], [38, 16, 224, 224], [0, 0, 1, 1]]
+def test_mixup_mixes_neighbours_and_their_targets_in_the_same_shares():
+    images = torch.zeros(2000, 3, 4, 4, dtype=torch.uint8)
+    images[1::2] = 200
+    labels = torch.arange(2000) % 2
+    mixed, targets = mix(images.clone(), labels, 5, 0.8, 0.0, draws(2000))
+    assert (targets.sum(1) - 1).abs().max() < 1e-6 and not targets[:, 2:].any()
+    assert torch.equal(targets[::2, 0], targets[1::2, 1])  # both keep the same share of their own
+    assert (mixed.float() - 200 * targets[:, 1].view(-1, 1, 1, 1)).abs().max() <= 0.501
+    share = targets[::2, 0].double()
+    assert share.mean() == pytest.approx(0.5, abs=0.04) and share.var() == pytest.approx(1 / 4 / 2.6, rel=0.1)  # of Beta(.8, .8)
+
+
+def test_cutmix_pastes_a_rectangle_of_the_neighbour_whose_area_is_its_target():
+    images = torch.zeros(400, 3, 16, 16, dtype=torch.uint8)
+    images[1::2] = 1
+    mixed, targets = mix(images.clone(), torch.arange(400) % 2, 2, 0.0, 1.0, draws(400))
+    assert torch.equal(mixed[:, 0].float().mean((1, 2)), targets[:, 1])
+    for picture in mixed[::2, 0]:
+        assert picture.sum() == picture.any(1).sum() * picture.any(0).sum()
+    share = targets[::2, 0].double()
+    assert share.max() > 0.95 and share.min() < 0.2
+
+
+def test_with_both_each_is_done_half_of_the_time():
+    images = torch.zeros(2000, 1, 16, 16, dtype=torch.uint8)
+    images[1::2] = 200
+    mixed, targets = mix(images, torch.arange(2000) % 2, 2, 1.0, 1.0, draws(2000))
+    really = (targets[::2, 0] > 0.05) & (targets[::2, 0] < 0.95)
+    blended = ((mixed > 0) & (mixed < 200)).flatten(1).any(1)[::2]
+    assert blended[really].float().mean() == pytest.approx(0.5, abs=0.06)
+
+
+def read(loader, epoch=0, start=0) -> list[Batch]:
+    with loader.epoch(epoch, start) as batches:
+        return list(batches)
+
+
+def joined(batches: list[Batch]) -> Batch:
+    return Batch(*map(torch.cat, zip(*batches, strict=True)))
+
+
+def test_all_together_depend_on_neither_world_size_nor_threads_nor_restarts(digits, make_recipe):
+    recipe = make_recipe(prepared=digits, **EVERYTHING)
+    whole = read(train_loader(recipe, World(), 64), 3)
+    assert len(whole) == 22 and whole[0].targets.shape == (64, 10)
+    for size, micro in ((2, 32), (4, 8)):
+        loaders = [train_loader(recipe, World(rank, rank, size), micro) for rank in range(size)]
+        parts = [read(loader, 3, start=5 * 64 // micro // size) for loader in loaders]  # and from the fifth update on
+        for update, batch in enumerate(whole[5:]):
+            micros = 64 // micro // size
+            order = [parts[rank][micros * update + turn] for turn in range(micros) for rank in range(size)]
+            assert all(torch.equal(a, b) for a, b in zip(joined(order), batch, strict=True))
+    assert not torch.equal(read(train_loader(recipe, World(), 64), 4)[0].images, whole[0].images)
+
+
+def test_odd_micro_batches_cannot_be_mixed(digits, make_recipe):
+    with pytest.raises(UserError, match="must be even, but 64 images on 64 processes are micro batches of 1"):
+        train_loader(make_recipe(prepared=digits, cutmix_alpha=1.0), World(0, 0, 64), 1)
+
+
+def test_resolution_rises_without_compiling_again(photos, make_recipe):
+    from pipeline.data.decode import _decode
+
+    recipe = make_recipe(**photos, global_batch_size=8, epochs=5, progressive={"start_size": 16, "until": 0.8, "step": 8}, eval_size=64)
+    loader = train_loader(recipe, World(), 8)
+    first = read(loader, 0)
+    compiled = len(_decode.signatures)
+    sizes = [read(loader, epoch)[0].images.shape[-1] for epoch in range(5)]
+    assert sizes == [16, 24, 32, 40, 48] == [training_size(recipe.data, epoch, 5) for epoch in range(5)]
+    assert torch.equal(read(loader, 0)[0].images, first[0].images)
+    assert read(eval_loader(recipe, World(), 4))[0].images.shape == (4, 3, 64, 64)
+    assert len(_decode.signatures) == compiled

@@ -10,7 +10,7 @@ from PIL import Image, ImageFile
 from small_data import write_images
 
 from pipeline.data.manifest import open_manifest
-from pipeline.data.write import prepare
+from pipeline.data.prepare import prepare
 from pipeline.errors import UserError
 from pipeline.images import FORMATS, decode, is_image, read_file
 

@@ -9,13 +9,13 @@ from multiprocessing import get_context
 
 import pytest
 from ffcv.reader import Reader
-from test_write import faulty_source, one_line, remains
+from test_prepare import faulty_source, one_line, remains
 
-from pipeline.data import writers
+from pipeline.data import encode
 from pipeline.data.beton import MIN_PAGE
-from pipeline.data.journal import Journal
+from pipeline.data.chunk_journal import Journal
+from pipeline.data.prepare import prepare
 from pipeline.data.sources import SOURCES
-from pipeline.data.write import prepare
 from pipeline.errors import UserError
 from pipeline.images import BrokenImage
 
@@ -55,7 +55,7 @@ def prepare_in_foreground(recipe):
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_writer_continues(reference, recipe, monkeypatch, number, capfd):
-    monkeypatch.setattr(writers, "SYNC_SECONDS", 0)
+    monkeypatch.setattr(encode, "SYNC_SECONDS", 0)
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT, seconds=0.05))
     writer = get_context("fork").Process(target=prepare_in_foreground, args=(recipe,))
     writer.start()
@@ -111,7 +111,7 @@ def test_a_broken_image_is_repaired_and_writing_continues(reference, recipe, mon
 
 def test_another_source_is_not_continued(reference, recipe, monkeypatch, capfd):
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT, deadly=50))
-    monkeypatch.setattr(writers, "SYNC_SECONDS", 0)
+    monkeypatch.setattr(encode, "SYNC_SECONDS", 0)
     with pytest.raises(UserError, match="it continues"):
         prepare(recipe)
     assert finished(recipe)
@@ -122,7 +122,7 @@ def test_another_source_is_not_continued(reference, recipe, monkeypatch, capfd):
 
 
 def test_a_damaged_journal_counts_up_to_its_damage(recipe, reference, monkeypatch):
-    monkeypatch.setattr(writers, "SYNC_SECONDS", 0)
+    monkeypatch.setattr(encode, "SYNC_SECONDS", 0)
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT, deadly=59))
     with pytest.raises(UserError):
         prepare(recipe)
@@ -155,7 +155,7 @@ def test_a_damaged_journal_counts_up_to_its_damage(recipe, reference, monkeypatc
 
 
 def test_bytes_that_the_disk_has_changed_are_found(recipe, reference, monkeypatch):
-    monkeypatch.setattr(writers, "SYNC_SECONDS", 0)
+    monkeypatch.setattr(encode, "SYNC_SECONDS", 0)
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT, deadly=59))
     with pytest.raises(UserError):
         prepare(recipe)
@@ -185,7 +185,7 @@ def test_chunks_and_processes_do_not_change_a_byte(make_recipe, monkeypatch, tmp
 def test_a_full_disk_is_one_line_and_writing_continues(make_recipe, monkeypatch, tmp_path):
     """A limit of the file's size stands for the disk: the same error of the same call, in another number."""
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT))
-    monkeypatch.setattr(writers, "SYNC_SECONDS", 0)
+    monkeypatch.setattr(encode, "SYNC_SECONDS", 0)
     settings = {"source": "squares", "chunk_size": 5, "workers": 2, "image_size": 224}
     reference, recipe = make_recipe(**settings, prepared=tmp_path / "reference"), make_recipe(**settings)
     prepare(reference)

@@ -9,8 +9,9 @@ from ffcv.reader import Reader
 from small_data import recipe, write_images
 
 from pipeline.cli import main
-from pipeline.data.manifest import measure, open_manifest
-from pipeline.data.write import prepare
+from pipeline.data.beton import measure
+from pipeline.data.manifest import open_manifest
+from pipeline.data.prepare import prepare
 
 
 @pytest.fixture(scope="module")

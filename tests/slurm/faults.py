@@ -25,7 +25,7 @@ from local_slurm import Job, LocalSlurm
 from recipes_for_tests import small_recipe
 from tqdm import tqdm
 
-from pipeline.data.write import prepare
+from pipeline.data.prepare import prepare
 from pipeline.recipe.schema import Recipe
 
 ONE_PROCESS_A_NODE = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")

@@ -11,7 +11,7 @@ from data.small_data import damage
 from recipes_for_tests import small_recipe
 
 from pipeline.data.loaders import train_loader
-from pipeline.data.write import prepare
+from pipeline.data.prepare import prepare
 from pipeline.distributed import World
 
 SAMPLE = 123

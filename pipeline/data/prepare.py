@@ -20,11 +20,12 @@ import xxhash
 from tqdm import tqdm
 
 from pipeline.data import beton
-from pipeline.data.journal import Chunk, Journal
-from pipeline.data.manifest import NAME, Manifest, SplitFile, measure, open_manifest, path_name, publish, write_manifest
+from pipeline.data.beton import measure
+from pipeline.data.chunk_journal import Chunk, Journal
+from pipeline.data.encode import write_chunks
+from pipeline.data.manifest import NAME, Manifest, SplitFile, open_manifest, path_name, publish, write_manifest
 from pipeline.data.sources import Split, open_source
-from pipeline.data.sources.images import largest_bytes
-from pipeline.data.writers import write_chunks
+from pipeline.data.stored_size import largest_bytes
 from pipeline.distributed import together
 from pipeline.errors import UserError
 from pipeline.recipe.schema import DataRecipe, Recipe

@@ -16,10 +16,10 @@ from ffcv.types import HeaderType
 from small_data import damage, recipe, stored
 
 from pipeline.data.decode import StoredImages
-from pipeline.data.load import Batch, threads
+from pipeline.data.epoch_loader import Batch, threads
 from pipeline.data.loaders import eval_loader, train_loader
+from pipeline.data.prepare import open_manifest
 from pipeline.data.sources import open_source
-from pipeline.data.write import open_manifest
 from pipeline.distributed import World
 from pipeline.errors import UserError
 
@@ -255,9 +255,9 @@ def show():
     with loader.epoch(0) as batches:
         print(hashlib.sha256(b"".join(batch.images.numpy().tobytes() for batch in batches)).hexdigest())
 
-limited, load.threads = load.threads, lambda workers: workers
+limited, epoch_loader.threads = epoch_loader.threads, lambda workers: workers
 show()
-load.threads = limited
+epoch_loader.threads = limited
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 with warnings.catch_warnings(record=True) as caught:
     show()

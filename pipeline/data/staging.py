@@ -11,7 +11,8 @@ from pathlib import Path
 import xxhash
 from tqdm import tqdm
 
-from pipeline.data.manifest import Manifest, SplitFile, measure, publish
+from pipeline.data.beton import measure
+from pipeline.data.manifest import Manifest, SplitFile, publish
 from pipeline.errors import UserError
 from pipeline.recipe.schema import DataRecipe
 

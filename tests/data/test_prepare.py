@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from small_data import write_images
 
-from pipeline.data import writers
+from pipeline.data import encode
+from pipeline.data.beton import measure
 from pipeline.data.loaders import train_loader
-from pipeline.data.manifest import measure
+from pipeline.data.prepare import open_manifest, prepare
 from pipeline.data.sources import SOURCES, Split, open_source
-from pipeline.data.write import open_manifest, prepare
 from pipeline.distributed import World, process_group
 from pipeline.errors import UserError
 
@@ -57,7 +57,7 @@ def test_a_mistake_of_our_own_is_not_a_broken_image(make_recipe, monkeypatch, ca
     def fit(*_):
         raise TypeError("a mistake of our own")
 
-    monkeypatch.setattr(writers, "fit", fit)
+    monkeypatch.setattr(encode, "fit", fit)
     recipe = make_recipe(broken_images="skip")
     with pytest.raises(RuntimeError, match="a writer process failed"):
         prepare(recipe)

@@ -26,10 +26,10 @@ from ffcv.fields import RGBImageField
 from tqdm import tqdm
 
 from pipeline.data import beton
-from pipeline.data.journal import Chunk, Journal
-from pipeline.data.load import threads
+from pipeline.data.chunk_journal import Chunk, Journal
+from pipeline.data.epoch_loader import threads
 from pipeline.data.sources import Split
-from pipeline.data.sources.images import fit
+from pipeline.data.stored_size import fit
 from pipeline.errors import UserError
 from pipeline.images import BrokenImage
 from pipeline.recipe.schema import DataRecipe

@@ -18,8 +18,9 @@ import numba
 import numpy as np
 import torch
 
+from pipeline.data.beton import REMEDY
 from pipeline.data.decode import FLIP, HEIGHT, PLAN_COLUMNS, StoredImages
-from pipeline.data.manifest import REMEDY, Manifest
+from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
 
 BATCHES_AHEAD = 3  # decoded or being decoded while the consumer works

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data import augment, memory, storage
+from pipeline.data import memory, sampling, staging
 from pipeline.data.decode import StoredImages
-from pipeline.data.load import Batch
+from pipeline.data.epoch_loader import Batch
 from pipeline.data.loaders import eval_loader, train_loader
 from pipeline.data.manifest import open_manifest
 from pipeline.distributed import World
@@ -26,7 +26,7 @@ def staged(digits, make_recipe, tmp_path, monkeypatch):
 
 
 def stage(recipe):
-    return storage.readable_file(recipe.data, open_manifest(recipe.data.folder), "train")
+    return staging.readable_file(recipe.data, open_manifest(recipe.data.folder), "train")
 
 
 def read(loader, epoch=0) -> list[Batch]:
@@ -70,7 +70,7 @@ def test_processes_of_a_node_copy_once(staged, monkeypatch, tmp_path):
             file.write("x")
         shutil.copyfile(source, target)
 
-    monkeypatch.setattr(storage, "_copy", counted)
+    monkeypatch.setattr(staging, "_copy", counted)
     processes = [multiprocessing.get_context("fork").Process(target=stage, args=(staged,)) for _ in range(4)]
     for process in processes:
         process.start()
@@ -105,7 +105,7 @@ def test_impossible_combinations_are_refused_with_the_reason(digits, make_recipe
 
 def test_page_order_visits_all_and_holds_a_window_at_a_time():
     pages = np.random.default_rng(0).permutation(np.arange(10_000) // 100)  # 100 pages of 100 samples
-    orders = [augment.page_permutation(0, epoch, pages, 8) for epoch in (0, 0, 1)]
+    orders = [sampling.page_permutation(0, epoch, pages, 8) for epoch in (0, 0, 1)]
     assert np.array_equal(orders[0], orders[1]) and not np.array_equal(orders[0], orders[2])
     for order in orders:
         assert np.array_equal(np.sort(order), np.arange(10_000))
