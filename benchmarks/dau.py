@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import pipeline  # noqa: F401  registers the models
-from pipeline.interpret.explain import layer_contributions
+from pipeline.interpret.contributions import layer_contributions
 from pipeline.models.dau import DAUConv2d
 from pipeline.models.dau.reference import twin
 

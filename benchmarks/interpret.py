@@ -24,8 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pipeline  # noqa: F401  registers the models
-from pipeline.evaluate import GRIDS_AT_ONCE
-from pipeline.interpret.explain import explainable_layers, explanation_mode, layer_contributions
+from pipeline.evaluation.evaluate import GRIDS_AT_ONCE
+from pipeline.interpret.contributions import explainable_layers, explanation_mode, layer_contributions
 from pipeline.interpret.pointing_game import localisation_scores
 from pipeline.models.dau import DAUConv2d
 from pipeline.models.dau.reference import twin

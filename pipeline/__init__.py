@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.interpret.explain import contributions, explanation_mode
+    from pipeline.interpret.contributions import contributions, explanation_mode
 
 __version__ = "0.1.0"
 __all__ = ["contributions", "explanation_mode", "register_models"]
@@ -24,9 +24,9 @@ def register_models() -> None:
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from pipeline.interpret import explain
+    from pipeline.interpret import contributions
 
-    return getattr(explain, name)
+    return getattr(contributions, name)
 
 
 def _is_command_line() -> bool:

@@ -242,7 +242,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from pipeline.distributed import process_group
     from pipeline.recipe.load import load_stored
     from pipeline.recipe.schema import Metric
-    from pipeline.results import applicable_methods, conclude, track
+    from pipeline.reports.run import applicable_methods, conclude, track
     from pipeline.tracking import tracker_of
 
     metrics = ",".join(get_args(Metric)) if options.metrics == "all" else options.metrics
@@ -259,7 +259,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
-    from pipeline.explanations import explain
+    from pipeline.reports.explain import explain
 
     output = options.output or options.folder / "explanations" / options.source.name
     print(explain(options.folder, options.source, output, top_k=options.top_k, wanted=options.wanted, all_layers=options.layers))
@@ -268,7 +268,7 @@ def _explain(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     import webbrowser
 
-    from pipeline.comparison import closing, find_runs, mlflow_views, report
+    from pipeline.reports.compare import closing, find_runs, mlflow_views, report
 
     runs = find_runs(options.names, options.runs)
     page = report(runs, options.output or runs[0].folder.resolve().parent)
@@ -280,7 +280,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _show_run(folder: Path) -> None:
-    from pipeline.comparison import closing, find_runs
+    from pipeline.reports.compare import closing, find_runs
 
     print(closing(find_runs([str(folder)], folder.parent)))
 

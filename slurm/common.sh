@@ -63,7 +63,7 @@ imports() { # COMMAND
     case $1 in
     train) echo pipeline.training.loop ;;
     prepare) echo pipeline.data.prepare ;;
-    evaluate) echo pipeline.results ;;
+    evaluate) echo pipeline.reports.run ;;
     esac
 }
 

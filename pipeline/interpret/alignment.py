@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.interpret.explain import explanation_mode
+from pipeline.interpret.contributions import explanation_mode
 from pipeline.models.dau import DAUConv2d
 from pipeline.models.dau.functional import Geometry, dynamic_dot
 from pipeline.models.dau.layer import NORM2_FLOOR

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.errors import UserError
-from pipeline.interpret.explain import Layer, explanation_mode, layer_contributions, parts
+from pipeline.interpret.contributions import Layer, explanation_mode, layer_contributions, parts
 
 INTEGRATION_STEPS = 20
 OCCLUSION_STRIDE = 2

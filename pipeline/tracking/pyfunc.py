@@ -12,7 +12,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
 from pipeline.export import load_export
-from pipeline.interpret.explain import contributions
+from pipeline.interpret.contributions import contributions
 
 
 class ExplainedClassifier(PythonModel):

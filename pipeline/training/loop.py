@@ -19,13 +19,13 @@ from pipeline.data.memory import require_memory
 from pipeline.data.prepare import prepare
 from pipeline.distributed import World, average_buffers, barrier, gather_across_ranks, job_tags, sum_across_ranks, together
 from pipeline.errors import UserError, report
-from pipeline.evaluate import evaluate
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.export import FOLDER, export
 from pipeline.files import write_atomically
 from pipeline.models.create import build_model
 from pipeline.recipe.load import load_stored
 from pipeline.recipe.schema import STORED, Recipe
-from pipeline.results import PICTURES, SHEET, conclude, draw_contributions, track
+from pipeline.reports.run import PICTURES, SHEET, conclude, draw_contributions, track
 from pipeline.tracking import Tracker, open_tracker
 from pipeline.training import engine as engines
 from pipeline.training.checkpoint import Checkpoints

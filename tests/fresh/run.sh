@@ -110,7 +110,7 @@ size() { # WHAT FOLDER
 two_processes="OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node 2 \
     -m pipeline train digits_resnet20 name=two training.epochs=1"
 two_tests="OMP_NUM_THREADS=1 .venv/bin/python -m pytest \
-    tests/test_recipe.py tests/interpret/test_explain.py"
+    tests/test_recipe.py tests/interpret/test_contributions.py"
 short_demo=".venv/bin/coda train digits_resnet20 training.epochs=1 &&
     .venv/bin/coda train digits_coda_resnet20 training.epochs=1 &&
     .venv/bin/coda compare runs/digits_coda_resnet20 runs/digits_resnet20"

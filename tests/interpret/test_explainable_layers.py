@@ -8,7 +8,7 @@ from planted_models import Block, Chain, PlantedCoDA, flags, rand
 from torch import nn
 
 import pipeline  # noqa: F401  registers the CoDA models
-from pipeline.interpret.explain import Layer, exact_layers, explainable_layers
+from pipeline.interpret.contributions import Layer, exact_layers, explainable_layers
 
 
 def test_layers_and_distances_of_a_known_chain():

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import pipeline  # noqa: F401  registers the CoDA models
 from pipeline.errors import UserError
-from pipeline.interpret.explain import explainable_layers, layer_contributions
+from pipeline.interpret.contributions import explainable_layers, layer_contributions
 from pipeline.interpret.methods import BY_LAYER, LIME_IMAGES, METHODS, at_input_size, attribution_maps, check_method, own_place, places
 
 TARGETS = torch.tensor([[0, 2], [1, 0]])

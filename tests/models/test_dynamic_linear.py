@@ -4,7 +4,7 @@ import pytest
 import torch
 from family import CODA, build, dau_names, images, junctions
 
-from pipeline.interpret.explain import exact_layers, explainable_layers, layer_contributions
+from pipeline.interpret.contributions import exact_layers, explainable_layers, layer_contributions
 
 OTHER_NORMS = [(name, {**args, "norm": norm}) for norm in ("l2", "wb") for name, args in junctions(["coda_s", "coda_resnet18"])]
 

@@ -8,7 +8,7 @@ from urllib.parse import quote
 import pytest
 from conftest import NAME, PASSWORD
 
-from pipeline.comparison import find_runs, mlflow_views
+from pipeline.reports.compare import find_runs, mlflow_views
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SWITCHES = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"

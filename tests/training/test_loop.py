@@ -18,7 +18,7 @@ from recipes_for_tests import small_recipe
 from pipeline.distributed import process_group
 from pipeline.errors import UserError
 from pipeline.export import load_export
-from pipeline.interpret.explain import contributions
+from pipeline.interpret.contributions import contributions
 from pipeline.training.checkpoint import newest_model
 from pipeline.training.loop import train
 

@@ -10,7 +10,7 @@ from torch import nn
 from pipeline.distributed import process_group
 from pipeline.errors import UserError
 from pipeline.export import load_export
-from pipeline.interpret.explain import layer_contributions
+from pipeline.interpret.contributions import layer_contributions
 from pipeline.models.dau import DAUConv2d
 from pipeline.training.penalty import CLASSES, DynamicWeightPenalty
 

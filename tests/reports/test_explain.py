@@ -9,9 +9,9 @@ from recipes_for_tests import small_recipe
 from sklearn.datasets import load_digits
 
 from pipeline.cli import main
-from pipeline.explanations import Explainer
 from pipeline.export import export
 from pipeline.models.create import build_model
+from pipeline.reports.explain import Explainer
 
 NAMES = ["zero", "<b>one</b>", *(f"class {c}" for c in range(2, 10))]
 

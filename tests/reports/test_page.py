@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 from PIL import Image
 
-from pipeline.interpret.page import Section, write_page
+from pipeline.reports.page import Section, write_page
 
 NASTY = "<script>alert('x')</script>&\"é.png"
 

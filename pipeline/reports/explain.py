@@ -15,10 +15,10 @@ from tqdm import tqdm
 from pipeline.errors import UserError
 from pipeline.export import class_names, find_export, load_export
 from pipeline.images import CENTRE_SHARE, BrokenImage, decode, read_file
-from pipeline.interpret.explain import Layer, exact_layers, explainable_layers, layer_contributions
-from pipeline.interpret.page import Section, write_page
-from pipeline.interpret.plots import contribution_sheet, overlay
+from pipeline.interpret.contributions import Layer, exact_layers, explainable_layers, layer_contributions
 from pipeline.recipe.load import load_stored
+from pipeline.reports.page import Section, write_page
+from pipeline.reports.plots import contribution_sheet, overlay
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 FRAMES = 24  # of a video, evenly spaced

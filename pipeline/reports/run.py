@@ -14,15 +14,15 @@ from pipeline.data.epoch_loader import EpochLoader, unit_range
 from pipeline.data.loaders import eval_loader
 from pipeline.distributed import World, barrier, gather_across_ranks
 from pipeline.errors import UserError
-from pipeline.evaluate import Evaluation, evaluate, tasks
+from pipeline.evaluation.cache import ResultStore, Row, identify
+from pipeline.evaluation.evaluate import Evaluation, evaluate, tasks
 from pipeline.export import find_export, load_export
 from pipeline.files import write_atomically
-from pipeline.interpret.explain import exact_layers, explainable_layers, explanation_mode, layer_contributions
-from pipeline.interpret.figures import alignment_figure, depth_figure, localisation_figure, removal_figure
+from pipeline.interpret.contributions import exact_layers, explainable_layers, explanation_mode, layer_contributions
 from pipeline.interpret.methods import METHODS, at_input_size, attribution_maps, check_method, own_place
-from pipeline.interpret.plots import contribution_sheet
 from pipeline.recipe.schema import Recipe
-from pipeline.result_store import ResultStore, Row, identify
+from pipeline.reports.figures import alignment_figure, depth_figure, localisation_figure, removal_figure
+from pipeline.reports.plots import contribution_sheet
 from pipeline.tracking import Tracker
 
 EVALUATION = "evaluation.json"

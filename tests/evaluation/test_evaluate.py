@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.data.epoch_loader import unit_range
 from pipeline.data.loaders import eval_loader
 from pipeline.distributed import World, process_group
-from pipeline.evaluate import METRICS, evaluate
+from pipeline.evaluation.evaluate import METRICS, evaluate
 from pipeline.interpret.methods import METHODS
 from pipeline.models.create import build_model
 from pipeline.recipe.schema import Method, Metric

@@ -11,7 +11,7 @@ from matplotlib.image import imread
 from sklearn.datasets import load_digits
 
 from pipeline.errors import UserError
-from pipeline.interpret.plots import BACKGROUND, colour_rendering, contribution_sheet, depth_curves
+from pipeline.reports.plots import BACKGROUND, colour_rendering, contribution_sheet, depth_curves
 
 CURVES = {"resnet20": [(1.0, 0.1), (0.05, 0.9)], "coda_resnet20": [(0.0, 0.5), (0.2, 0.7), (1.0, 0.1)]}
 
@@ -117,5 +117,5 @@ def test_mismatched_columns(tmp_path):
 
 
 def test_no_global_plotting_state():
-    source = Path(sys.modules["pipeline.interpret.plots"].__file__).read_text()
+    source = Path(sys.modules["pipeline.reports.plots"].__file__).read_text()
     assert "pyplot" not in source

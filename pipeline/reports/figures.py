@@ -12,7 +12,7 @@ from statistics import fmean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.interpret.plots import CURVE_COLOURS, MARKERS, depth_curves, draw_depth_curves, write_figure
+from pipeline.reports.plots import CURVE_COLOURS, MARKERS, depth_curves, draw_depth_curves, write_figure
 
 Row = Mapping[str, str | float | int]
 TABLE_COLUMNS = 6  # of parameters in a figure; a page shows all of them

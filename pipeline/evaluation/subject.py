@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pipeline.data.epoch_loader import EpochLoader, unit_range
 from pipeline.distributed import World, gather_across_ranks, sum_across_ranks
-from pipeline.interpret.explain import Layer, explainable_layers
+from pipeline.interpret.contributions import Layer, explainable_layers
 from pipeline.interpret.pointing_game import choose_grids
 from pipeline.recipe.schema import Recipe
 

@@ -15,11 +15,11 @@ from urllib.parse import quote
 
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
-from pipeline.interpret.figures import ComparedRuns, comparison_figure
-from pipeline.interpret.page import figure_html, page_html
 from pipeline.recipe.load import load_stored
 from pipeline.recipe.schema import STORED, Recipe, flatten
-from pipeline.results import EVALUATION, PICTURES, SHEET
+from pipeline.reports.figures import ComparedRuns, comparison_figure
+from pipeline.reports.page import figure_html, page_html
+from pipeline.reports.run import EVALUATION, PICTURES, SHEET
 from pipeline.tracking.journal import JOURNAL
 
 COLUMNS = {  # of the table: metric name -> title

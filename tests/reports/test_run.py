@@ -11,11 +11,11 @@ from recipes_for_tests import small_recipe
 from pipeline.cli import main
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.evaluate import METRICS, Metric
+from pipeline.evaluation.evaluate import METRICS, Metric
 from pipeline.export import FOLDER, export
 from pipeline.models.create import build_model
 from pipeline.recipe.load import load_stored
-from pipeline.results import EVALUATION, applicable_methods, conclude
+from pipeline.reports.run import EVALUATION, applicable_methods, conclude
 
 SMALL = {"grid_size": 2, "grids": 3, "removal_images": 4, "alignment_images": 5, "completeness_images": 5, "batch_size": 100}
 ARGS = {"rank": 2, "temperature": 1.0, "logit_bias": 1.0}  # so that an untrained network is confident now and then

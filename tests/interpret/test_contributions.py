@@ -11,13 +11,7 @@ from torch.nn import functional as F
 
 import pipeline  # noqa: F401  registers the CoDA models
 from pipeline.errors import UserError
-from pipeline.interpret.explain import (
-    completeness_error,
-    contributions,
-    explainable_layers,
-    explanation_mode,
-    layer_contributions,
-)
+from pipeline.interpret.contributions import completeness_error, contributions, explainable_layers, explanation_mode, layer_contributions
 
 
 def slow_contributions(model: nn.Module, images: Tensor, target: int, at: str) -> Tensor:

@@ -10,9 +10,9 @@ from PIL import Image
 from recipes_for_tests import small_recipe
 
 from pipeline.cli import main
-from pipeline.comparison import closing, differences, find_runs, mlflow_views, report, table
 from pipeline.errors import UserError
-from pipeline.interpret.figures import ComparedRuns
+from pipeline.reports.compare import closing, differences, find_runs, mlflow_views, report, table
+from pipeline.reports.figures import ComparedRuns
 
 
 def evaluated(runs, name, uri, top1, *, rank=2, seed=0, experiment="digits", parent=None):

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from pipeline.data.epoch_loader import EpochLoader
 from pipeline.distributed import World, gather_across_ranks, sum_across_ranks
+from pipeline.evaluation.cache import Result, ResultStore, Row
+from pipeline.evaluation.subject import Subject
 from pipeline.interpret.alignment import alignment_histograms, distribution
+from pipeline.interpret.contributions import Layer, completeness_error, exact_layers, parts
 from pipeline.interpret.depth import interpretable_area, interpretable_depth
-from pipeline.interpret.explain import Layer, completeness_error, exact_layers, parts
 from pipeline.interpret.methods import BY_LAYER, at_input_size, attribution_maps, own_place, places
 from pipeline.interpret.pixel_removal import removal_curve
 from pipeline.interpret.pointing_game import localisation_scores, make_grids, summary
 from pipeline.recipe.schema import Recipe
-from pipeline.result_store import Result, ResultStore, Row
-from pipeline.subject import Subject
 
 OWN = "contributions"  # the method of the network itself
 GRIDS_AT_ONCE = 4  # grids explained together

@@ -1,0 +1,1 @@
+"""What people read: the report of a run, comparisons, explanations of a user's images, and their pictures."""
