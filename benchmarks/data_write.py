@@ -1,9 +1,11 @@
 """Writing speed against its limit: ``python -m benchmarks.data_write [--shared FOLDER]``.
 
-The limit is what as many processes reach that decode and resize the same images and write nothing; another one is of processes that
-encode them as JPEG, too, with FFCV's encoder as all of them. The images are the originals of
-``imagenet_sample.tar``, each listed several times, so that the fixed costs of a file count as in a large data set. FFCV's own writer,
-given the same decoded images, stands beside it. Medians of interleaved rounds; writing includes indexing, tables, hashes and fsync.
+The limit is what as many processes reach that decode and resize the same images and write nothing;
+another one is of processes that encode them as JPEG, too, with FFCV's encoder as all of them. The
+images are the originals of ``imagenet_sample.tar``, each listed several times, so that the fixed
+costs of a file count as in a large data set. FFCV's own writer, given the same decoded images,
+stands beside it. Medians of interleaved rounds; writing includes indexing, tables, hashes and
+fsync.
 """
 
 import argparse
@@ -32,10 +34,18 @@ FORK = multiprocessing.get_context("fork")
 
 def recipe_of(table: Path, prepared: Path, resolution: int, workers: int) -> Recipe:
     """Originals stored as JPEG, the longer side at most ``resolution`` pixels."""
-    data = {"source": "csv", "path": str(table), "image_size": 224, "prepared": str(prepared), "workers": workers}
+    data = {
+        "source": "csv",
+        "path": str(table),
+        "image_size": 224,
+        "prepared": str(prepared),
+        "workers": workers,
+    }
     data |= {"write_mode": "jpg", "max_resolution": resolution}
     training = {"epochs": 1, "global_batch_size": 1, "learning_rate": 0.1}
-    return from_dict({"name": "write", "model": {"name": "none"}, "data": data, "training": training})
+    return from_dict(
+        {"name": "write", "model": {"name": "none"}, "data": data, "training": training}
+    )
 
 
 def unpack(tar: Path, folder: Path, repeats: int) -> Path:
@@ -46,16 +56,23 @@ def unpack(tar: Path, folder: Path, repeats: int) -> Path:
     with open(folder / "table.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("path", "label", "split"))
-        writer.writerows((path, path.parent.name, "train") for _ in range(repeats) for path in paths)
+        writer.writerows(
+            (path, path.parent.name, "train") for _ in range(repeats) for path in paths
+        )
         writer.writerows((path, path.parent.name, "val") for path in paths[:10])
     return folder / "table.csv"
 
 
 def limit(split: Split, data: DataRecipe, encode: bool) -> float:
-    """Seconds in which ``data.workers`` processes decode and resize all images, and encode them if ``encode``."""
+    """Seconds in which ``data.workers`` processes decode and resize all images, and encode them if
+    ``encode``.
+    """
     counter = FORK.Value(ctypes.c_int64, 0)
     begin = time.perf_counter()
-    processes = [FORK.Process(target=_decode, args=(split, data, counter, encode)) for _ in range(data.workers)]
+    processes = [
+        FORK.Process(target=_decode, args=(split, data, counter, encode))
+        for _ in range(data.workers)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -95,26 +112,37 @@ class _Indexed:
         return len(self.split)
 
     def __getitem__(self, index: int):
-        return fit(self.split.read(index), self.data, self.split.fixed_size), int(self.split.labels[index])
+        return fit(self.split.read(index), self.data, self.split.fixed_size), int(
+            self.split.labels[index]
+        )
 
 
 def ffcv(split: Split, data: DataRecipe, path: Path) -> float:
     """Seconds of FFCV's writer."""
-    fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=data.jpeg_quality), "label": IntField()}
+    fields = {
+        "image": RGBImageField(write_mode="jpg", jpeg_quality=data.jpeg_quality),
+        "label": IntField(),
+    }
     begin = time.perf_counter()
-    DatasetWriter(str(path), fields, num_workers=data.workers).from_indexed_dataset(_Indexed(split, data), chunksize=data.chunk_size)
+    DatasetWriter(str(path), fields, num_workers=data.workers).from_indexed_dataset(
+        _Indexed(split, data), chunksize=data.chunk_size
+    )
     return time.perf_counter() - begin
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shared", type=Path, default=Path("../shared/data"), help="folder of imagenet_sample.tar")
+    parser.add_argument(
+        "--shared", type=Path, default=Path("../shared/data"), help="folder of imagenet_sample.tar"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=8, help="how often each image is listed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--resolutions", type=int, nargs="+", default=[500, 256])
     options = parser.parse_args()
-    print("| stored as JPEG up to | decoding alone, images/s | and encoding | coda prepare | FFCV's writer | prepare / decoding | / both |")
+    print(
+        "| stored as JPEG up to | decoding alone, images/s | and encoding | coda prepare | FFCV's writer | prepare / decoding | / both |"
+    )
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -128,7 +156,9 @@ def main() -> None:
                 seconds["encode"].append(limit(split, recipe.data, encode=True))
                 seconds["coda"].append(ours(recipe))
                 seconds["ffcv"].append(ffcv(split, recipe.data, folder / "ffcv.beton"))
-            speeds = " | ".join(f"{len(split) / statistics.median(times):.0f}" for times in seconds.values())
+            speeds = " | ".join(
+                f"{len(split) / statistics.median(times):.0f}" for times in seconds.values()
+            )
             ratios = " | ".join(
                 f"{statistics.median(bound / whole for bound, whole in zip(seconds[name], seconds['coda'], strict=True)):.2f}"
                 for name in ("decode", "encode")

@@ -1,7 +1,9 @@
-"""Time and memory of the DAU layer against its slow twin, which forms every dynamic weight: ``python -m benchmarks.dau``.
+"""Time and memory of the DAU layer against its slow twin, which forms every dynamic weight:
+``python -m benchmarks.dau``.
 
-One run, interleaved, medians; memory in a process of its own for each measurement. The floor of a step is three matrix products of
-2 N d (r + 1) O operations per layer, at the rate of a 2048 x 2048 product measured between the repetitions.
+One run, interleaved, medians; memory in a process of its own for each measurement. The floor of a
+step is three matrix products of 2 N d (r + 1) O operations per layer, at the rate of a 2048 x 2048
+product measured between the repetitions.
 """
 
 import argparse
@@ -25,8 +27,10 @@ from pipeline.interpret.contributions import layer_contributions
 from pipeline.models.dau import DAUConv2d
 from pipeline.models.dau.reference import twin
 
-MODELS = {"coda_s": (16, 32), "coda_l": (1, 240)}  # name -> (batch, resolution)
-GROWTH = {  # of one layer: which of its sizes grows
+# name -> (batch, resolution)
+MODELS = {"coda_s": (16, 32), "coda_l": (1, 240)}
+# of one layer: which of its sizes grows
+GROWTH = {
     "as it is": {},
     "batch x 2": {"batch": 2},
     "batch x 4": {"batch": 4},
@@ -68,12 +72,15 @@ def training_step(module: nn.Module, x: Tensor) -> None:
 
 
 def medians(tasks: dict[str, Callable[[], None]], repeats: int, title: str) -> dict[str, float]:
-    """Seconds of each task: medians of ``repeats`` rounds. A task runs twice in its turn, and the second run is timed.
+    """Seconds of each task: medians of ``repeats`` rounds. A task runs twice in its turn, and the
+    second run is timed.
 
-    So that it follows its own kind, as a training step does, and does not pay for the caches and the heap that the other has left.
+    So that it follows its own kind, as a training step does, and does not pay for the caches and
+    the heap that the other has left.
     """
     times: dict[str, list[float]] = {name: [] for name in tasks}
-    for _ in tqdm(range(repeats + 1), desc=title, file=sys.stderr):  # the first round warms up
+    # the first round warms up
+    for _ in tqdm(range(repeats + 1), desc=title, file=sys.stderr):
         for name, task in tasks.items():
             task()
             start = time.perf_counter()
@@ -97,7 +104,11 @@ def record_layers(model: nn.Module, x: Tensor) -> list[tuple[DAUConv2d, Tensor, 
     with torch.no_grad(), ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, DAUConv2d):
-                hook = module.register_forward_hook(lambda layer, inputs, y: found.append((layer, inputs[0].clone(), y[:, 0].numel())))
+                hook = module.register_forward_hook(
+                    lambda layer, inputs, y: found.append(
+                        (layer, inputs[0].clone(), y[:, 0].numel())
+                    )
+                )
                 hooks.callback(hook.remove)
         model(x)
     return found
@@ -113,15 +124,22 @@ def time_steps(name: str, repeats: int) -> None:
     model, x = make(name, twins=False)
     layers = record_layers(make(name, twins=False)[0], x)
     slow, _ = make(name, twins=True)
-    tasks = {"twin": lambda: training_step(slow, x), "ours": lambda: training_step(model, x), "sgemm": sgemm()}
+    tasks = {
+        "twin": lambda: training_step(slow, x),
+        "ours": lambda: training_step(model, x),
+        "sgemm": sgemm(),
+    }
     seconds = medians(tasks, repeats, name)
     rate = 2 * 2048**3 / seconds["sgemm"]
     floor = 3 * sum(products(layer, positions) for layer, _, positions in layers) / rate
-    print(f"\n### {name}, batch {len(x)}, {x.shape[-1]}x{x.shape[-1]}: forward and backward (sgemm {rate / 1e9:.0f} GF/s)\n")
+    print(
+        f"\n### {name}, batch {len(x)}, {x.shape[-1]}x{x.shape[-1]}: forward and backward (sgemm {rate / 1e9:.0f} GF/s)\n"
+    )
     print("| layer | d | r | units | positions | twin ms | ours ms | ratio | of the floor |")
     print("|---|---|---|---|---|---|---|---|---|")
     for index, (layer, inputs, positions) in enumerate(layers):
-        inputs.requires_grad_(index > 0)  # nobody asks for the gradient of an image
+        # nobody asks for the gradient of an image
+        inputs.requires_grad_(index > 0)
         slow_layer = Twin(layer)
         tasks = {
             "twin": lambda m=slow_layer, i=inputs: training_step(m, i),
@@ -131,10 +149,18 @@ def time_steps(name: str, repeats: int) -> None:
         one = medians(tasks, repeats, f"{name}, layer {index + 1}")
         share = 3 * products(layer, positions) / (2 * 2048**3 / one["sgemm"]) / one["ours"]
         units, values, rank = layer.up_weight.shape
-        print(f"| {index + 1} | {values} | {rank} | {units} | {positions} | {1e3 * one['twin']:.1f} | {1e3 * one['ours']:.1f} | ", end="")
+        print(
+            f"| {index + 1} | {values} | {rank} | {units} | {positions} | {1e3 * one['twin']:.1f} | {1e3 * one['ours']:.1f} | ",
+            end="",
+        )
         print(f"{one['twin'] / one['ours']:.1f} | {share:.2f} |", flush=True)
-    print(f"| **step** | | | | | {1e3 * seconds['twin']:.0f} | {1e3 * seconds['ours']:.0f} | ", end="")
-    print(f"**{seconds['twin'] / seconds['ours']:.2f}** | **{floor / seconds['ours']:.2f}** |", flush=True)
+    print(
+        f"| **step** | | | | | {1e3 * seconds['twin']:.0f} | {1e3 * seconds['ours']:.0f} | ", end=""
+    )
+    print(
+        f"**{seconds['twin'] / seconds['ours']:.2f}** | **{floor / seconds['ours']:.2f}** |",
+        flush=True,
+    )
 
 
 def time_explanation(repeats: int) -> None:
@@ -149,15 +175,24 @@ def time_explanation(repeats: int) -> None:
         with torch.no_grad():
             model(x)
 
-    seconds = medians({"forward": forward, "one": lambda: explain(1), "all": lambda: explain(targets)}, repeats, "explanation")
+    seconds = medians(
+        {"forward": forward, "one": lambda: explain(1), "all": lambda: explain(targets)},
+        repeats,
+        "explanation",
+    )
     more = (seconds["all"] - seconds["one"]) / (targets - 1) / seconds["forward"]
     print(f"\n### Explanation mode, coda_s, batch {len(x)}\n")
-    print(f"Forward pass {1e3 * seconds['forward']:.0f} ms; with one target {seconds['one'] / seconds['forward']:.2f} times that, ", end="")
+    print(
+        f"Forward pass {1e3 * seconds['forward']:.0f} ms; with one target {seconds['one'] / seconds['forward']:.2f} times that, ",
+        end="",
+    )
     print(f"each target beyond the first {more:.2f} times.", flush=True)
 
 
 def peak(task: str) -> None:
-    """Print the MiB that a step holds beyond the weights, their gradients and the input; run in a process of its own."""
+    """Print the MiB that a step holds beyond the weights, their gradients and the input; run in a
+    process of its own.
+    """
     kind, name, *factors = task.split(",")
     if name in MODELS:
         module, x = make(name, kind == "twin")
@@ -165,8 +200,10 @@ def peak(task: str) -> None:
         module, x = growth_layer(dict(zip(factors[::2], map(int, factors[1::2]), strict=True)))
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    torch.mm(torch.rand(64, 64), torch.rand(64, 64))  # the library's own buffers
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here; getrusage's would include the parent's
+    # the library's own buffers
+    torch.mm(torch.rand(64, 64), torch.rand(64, 64))
+    # the peak starts again from here; getrusage's would include the parent's
+    Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     training_step(module, x)
     print((resident("VmHWM") - before) / 1024)
@@ -174,7 +211,11 @@ def peak(task: str) -> None:
 
 def resident(kind: str) -> int:
     """KiB of this process: "VmRSS" now, "VmHWM" at most so far."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{kind}:"))
+    (line,) = (
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(f"{kind}:")
+    )
     return int(line.split()[1])
 
 
@@ -210,7 +251,8 @@ def growth(repeats: int) -> None:
     for name, factors in GROWTH.items():
         flat = [str(item) for pair in factors.items() for item in pair]
         print(
-            f"| {name} | {seconds[name] / seconds['as it is']:.2f} | {measure_peak(','.join(['ours', 'layer', *flat])):.0f} |", flush=True
+            f"| {name} | {seconds[name] / seconds['as it is']:.2f} | {measure_peak(','.join(['ours', 'layer', *flat])):.0f} |",
+            flush=True,
         )
 
 

@@ -1,9 +1,10 @@
-"""FFCV's library as set-up builds it, beside the one compiled against this system's OpenCV and libjpeg-turbo: same bytes, and how fast.
+"""FFCV's library as set-up builds it, beside the one compiled against this system's OpenCV and
+libjpeg-turbo: same bytes, and how fast.
 
     python -m benchmarks.ffcv_library FOLDER|TAR [--images 400]
 
-Photographs are decoded whole, and crops of them resized as a training does, by both libraries in turn, in one thread. Needs a compiler,
-libopencv-dev and libturbojpeg0-dev for the peer.
+Photographs are decoded whole, and crops of them resized as a training does, by both libraries in
+turn, in one thread. Needs a compiler, libopencv-dev and libturbojpeg0-dev for the peer.
 """
 
 import argparse
@@ -26,7 +27,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = [(224, 224), (160, 160), (32, 32), (256, 256)]
-CROPS = 6  # of each photograph; a third of them by whole numbers, which has code of its own in OpenCV
+# of each photograph; a third of them by whole numbers, which has code of its own in OpenCV
+CROPS = 6
 
 
 class Library:
@@ -36,7 +38,14 @@ class Library:
         loaded = ctypes.CDLL(str(path))
         self._decode, self._resize = loaded.imdecode, loaded.resize
         sizes, flags = [ctypes.c_uint32] * 6, [ctypes.c_bool] * 2
-        self._decode.argtypes = [ctypes.c_void_p, ctypes.c_uint64, *[ctypes.c_uint32] * 2, ctypes.c_void_p, *sizes, *flags]
+        self._decode.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_uint64,
+            *[ctypes.c_uint32] * 2,
+            ctypes.c_void_p,
+            *sizes,
+            *flags,
+        ]
         self._resize.argtypes = [ctypes.c_int64] * 11
 
     def decode(self, jpeg: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -47,7 +56,9 @@ class Library:
             raise ValueError("not decoded")
         return image
 
-    def resize(self, image: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:
+    def resize(
+        self, image: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int]
+    ) -> np.ndarray:
         """The rows and columns of ``box``, as ``size`` rows and columns."""
         result = np.zeros((*size, 3), np.uint8)
         self._resize(0, image.ctypes.data, *image.shape[:2], *box, result.ctypes.data, *size)
@@ -57,7 +68,11 @@ class Library:
 def photographs(source: Path, count: int) -> Iterator[bytes]:
     """The first ``count`` JPEGs of a folder or a tar."""
     if source.is_dir():
-        files: Iterator[bytes] = (path.read_bytes() for path in sorted(source.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg"))
+        files: Iterator[bytes] = (
+            path.read_bytes()
+            for path in sorted(source.rglob("*"))
+            if path.suffix.lower() in (".jpg", ".jpeg")
+        )
     else:
         archive = tarfile.open(source)
         members = (member for member in archive if member.name.lower().endswith((".jpg", ".jpeg")))
@@ -74,7 +89,9 @@ def system_library(folder: Path) -> Path:
     return folder / "content" / "ffcv" / "_libffcv.so"
 
 
-def crops(width: int, height: int, generator: random.Random) -> Iterator[tuple[tuple[int, int, int, int], tuple[int, int]]]:
+def crops(
+    width: int, height: int, generator: random.Random
+) -> Iterator[tuple[tuple[int, int, int, int], tuple[int, int]]]:
     """Boxes and the sizes to bring them to."""
     for number in range(CROPS):
         rows, columns = generator.randint(24, height), generator.randint(24, width)
@@ -88,8 +105,12 @@ def crops(width: int, height: int, generator: random.Random) -> Iterator[tuple[t
         yield (top, top + rows, left, left + columns), size
 
 
-def compare(times: dict[str, list[float]], name: str, calls: list[Callable[[], np.ndarray]]) -> bool:
-    """Call one after the other, the first of them in turn; note ours / peer, and tell whether both gave the same."""
+def compare(
+    times: dict[str, list[float]], name: str, calls: list[Callable[[], np.ndarray]]
+) -> bool:
+    """Call one after the other, the first of them in turn; note ours / peer, and tell whether both
+    gave the same.
+    """
     order = [0, 1] if len(times[name]) % 2 else [1, 0]
     results, seconds = {}, {}
     for index in order:
@@ -102,7 +123,9 @@ def compare(times: dict[str, list[float]], name: str, calls: list[Callable[[], n
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path)
     parser.add_argument("--images", type=int, default=400)
     options = parser.parse_args()
@@ -110,18 +133,28 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         libraries = [Library(Path(lib._name)), Library(system_library(Path(folder)))]
-        generator, times, different = random.Random(0), {"decode": [], "resize": []}, dict.fromkeys(("decode", "resize"), 0)
+        generator, times, different = (
+            random.Random(0),
+            {"decode": [], "resize": []},
+            dict.fromkeys(("decode", "resize"), 0),
+        )
         for content in photographs(options.source, options.images):
             jpeg = np.frombuffer(content, np.uint8)
             width, height = Image.open(io.BytesIO(content)).size
             image = libraries[0].decode(jpeg, width, height)
-            different["decode"] += not compare(times, "decode", [partial(it.decode, jpeg, width, height) for it in libraries])
+            different["decode"] += not compare(
+                times, "decode", [partial(it.decode, jpeg, width, height) for it in libraries]
+            )
             for box, size in crops(width, height, generator):
-                different["resize"] += not compare(times, "resize", [partial(it.resize, image, box, size) for it in libraries])
+                different["resize"] += not compare(
+                    times, "resize", [partial(it.resize, image, box, size) for it in libraries]
+                )
     print("| | calls | other bytes | time / peer's: median | quartiles |\n|---|---|---|---|---|")
     for name, ratios in times.items():
         low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"| {name} | {len(ratios)} | {different[name]} | {middle:.2f} | {low:.2f} to {high:.2f} |")
+        print(
+            f"| {name} | {len(ratios)} | {different[name]} | {middle:.2f} | {low:.2f} to {high:.2f} |"
+        )
 
 
 if __name__ == "__main__":

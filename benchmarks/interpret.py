@@ -1,7 +1,9 @@
-"""Cost of the grid pointing game: this pipeline against one backward pass per class and grid with the dynamic weights held.
+"""Cost of the grid pointing game: this pipeline against one backward pass per class and grid with
+the dynamic weights held.
 
-    python -m benchmarks.interpret                  # 500 grids of 3x3 CIFAR-sized images with coda_s, as published
-    python -m benchmarks.interpret --grids 4        # the same numbers per grid, sooner
+    python -m benchmarks.interpret                  # 500 grids of 3x3 CIFAR-sized images with
+    coda_s, as published python -m benchmarks.interpret --grids 4        # the same numbers per
+    grid, sooner
 
 Both sides explain the same random grids of 96 x 96 pixels for all nine classes with the same
 weights. The peer is what the method's formula reads as: every layer forms w = A z + b for all units
@@ -25,7 +27,11 @@ from tqdm import tqdm
 
 import pipeline  # noqa: F401  registers the models
 from pipeline.evaluation.evaluate import GRIDS_AT_ONCE
-from pipeline.interpret.contributions import explainable_layers, explanation_mode, layer_contributions
+from pipeline.interpret.contributions import (
+    explainable_layers,
+    explanation_mode,
+    layer_contributions,
+)
 from pipeline.interpret.pointing_game import localisation_scores
 from pipeline.models.dau import DAUConv2d
 from pipeline.models.dau.reference import twin
@@ -34,7 +40,9 @@ CLASSES, SIDE = 9, 96
 
 
 def ours(model: torch.nn.Module, grids: Tensor, layers: list[str | None]) -> Tensor:
-    """Scores (G, 9) at the input; contributions of all ``layers`` from one forward pass for four grids and one batched backward."""
+    """Scores (G, 9) at the input; contributions of all ``layers`` from one forward pass for four
+    grids and one batched backward.
+    """
     scores = []
     for part in tqdm(grids.split(GRIDS_AT_ONCE), desc="ours", leave=False):
         targets = torch.arange(CLASSES).expand(len(part), -1)
@@ -55,8 +63,12 @@ def materialised(model: torch.nn.Module, grids: Tensor, share_forward: bool) -> 
             maps = []
             for target in range(CLASSES):
                 if target == 0 or not share_forward:
-                    outputs = model.temperature * (model.forward_encoded(encoded)[0] - model.logit_bias)
-                (gradient,) = torch.autograd.grad(outputs[target], encoded, retain_graph=share_forward)
+                    outputs = model.temperature * (
+                        model.forward_encoded(encoded)[0] - model.logit_bias
+                    )
+                (gradient,) = torch.autograd.grad(
+                    outputs[target], encoded, retain_graph=share_forward
+                )
                 maps.append((encoded * gradient).detach().sum(1)[0])
             scores.append(localisation_scores(torch.stack(maps)[None], 3))
         for layer in dynamic:
@@ -78,7 +90,9 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--grids", type=int, default=500)
-    parser.add_argument("--peer-grids", type=int, default=2, help="grids on which the peer is timed")
+    parser.add_argument(
+        "--peer-grids", type=int, default=2, help="grids on which the peer is timed"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rank", type=int, help="base rank of coda_s (default: as published, 32)")
     options = parser.parse_args()
@@ -89,20 +103,31 @@ def main() -> None:
 
     few = grids[: options.peer_grids]
     _, _, found = timed(lambda: ours(model, few, [None]), 1)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, coda_s rank {options.rank or 32}, {options.repeats} runs each")
-    print("\n| what | grids | seconds per grid (spread) | forward per class / this | shared forward / this |\n|---|---|---|---|---|")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, coda_s rank {options.rank or 32}, {options.repeats} runs each"
+    )
+    print(
+        "\n| what | grids | seconds per grid (spread) | forward per class / this | shared forward / this |\n|---|---|---|---|---|"
+    )
     rows, peers = [], []
     for share, name in (
         (False, "materialised, forward and backward per class"),
         (True, "materialised, shared forward, backward per class"),
     ):
-        seconds, spread, expected = timed(lambda share=share: materialised(model, few, share), options.repeats)
+        seconds, spread, expected = timed(
+            lambda share=share: materialised(model, few, share), options.repeats
+        )
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
         rows.append((name, len(few), seconds, spread))
         peers.append(seconds / len(few))
     counts = sorted({max(1, options.grids // 4), max(1, options.grids // 2), options.grids})
-    for count, places, name in [*((n, [None], "this pipeline, input") for n in counts), (counts[0], layers, "this pipeline, all layers")]:
-        seconds, spread, _ = timed(lambda count=count, places=places: ours(model, grids[:count], places), options.repeats)
+    for count, places, name in [
+        *((n, [None], "this pipeline, input") for n in counts),
+        (counts[0], layers, "this pipeline, all layers"),
+    ]:
+        seconds, spread, _ = timed(
+            lambda count=count, places=places: ours(model, grids[:count], places), options.repeats
+        )
         rows.append((name, count, seconds, spread))
     for name, count, seconds, spread in rows:
         ratios = " | ".join(f"{peer * count / seconds:.1f}" for peer in peers)

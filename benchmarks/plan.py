@@ -1,10 +1,12 @@
-"""Step time and peak memory that ``coda plan --gpu cpu`` predicts, against those of real training steps, in one run.
+"""Step time and peak memory that ``coda plan --gpu cpu`` predicts, against those of real training
+steps, in one run.
 
     PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/plan.py
 
-A step is forward, backward and AdamW of random images, the best of those that fit into some seconds, every case in processes of its
-own. Its peak is the highest resident memory less that of a process that has trained something tiny, with blocks of a megabyte and more
-given back at once: by its defaults glibc keeps them, and what it then holds depends on their order (the last column).
+A step is forward, backward and AdamW of random images, the best of those that fit into some
+seconds, every case in processes of its own. Its peak is the highest resident memory less that of a
+process that has trained something tiny, with blocks of a megabyte and more given back at once: by
+its defaults glibc keeps them, and what it then holds depends on their order (the last column).
 """
 
 import multiprocessing as mp
@@ -31,12 +33,14 @@ CASES = [
     ("coda_resnet50", 2, 224),
     ("resnet50", 8, 160),
 ]
-SECONDS = 6.0  # of steps that are timed in each case
+# of steps that are timed in each case
+SECONDS = 6.0
 
 
 def measured(name: str, batch: int, size: int, queue: mp.Queue) -> None:
     torch.manual_seed(0)
-    _steps("coda_resnet20", 2, 32, 0.0)  # loads the libraries
+    # loads the libraries
+    _steps("coda_resnet20", 2, 32, 0.0)
     start = _resident("VmRSS")
     seconds = _steps(name, batch, size, 0.0 if "MALLOC_MMAP_THRESHOLD_" in os.environ else SECONDS)
     queue.put((seconds, _resident("VmHWM") - start))
@@ -53,7 +57,9 @@ def _in_a_process(*case: object) -> tuple[float, int]:
 
 
 def _steps(name: str, batch: int, size: int, least: float) -> float:
-    """Time of the best training step of three or more, for as many as take ``least`` seconds, after one to warm up."""
+    """Time of the best training step of three or more, for as many as take ``least`` seconds, after
+    one to warm up.
+    """
     model = timm.create_model(name).train()
     optimizer = torch.optim.AdamW(model.parameters())
     images = torch.rand(batch, 3, size, size)
@@ -69,7 +75,9 @@ def _steps(name: str, batch: int, size: int, least: float) -> float:
 
 def _resident(line: str) -> int:
     """Bytes of this process's memory, now (VmRSS) or at their most (VmHWM)."""
-    status = dict(entry.split(":", 1) for entry in Path("/proc/self/status").read_text().splitlines())
+    status = dict(
+        entry.split(":", 1) for entry in Path("/proc/self/status").read_text().splitlines()
+    )
     return int(status[line].split()[0]) * 1024
 
 
@@ -80,13 +88,27 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name, batch, size in CASES:
-        seconds, peak = cpu_step(timm.create_model(name, device="meta"), (3, size, size), batch, profile)
+        seconds, peak = cpu_step(
+            timm.create_model(name, device="meta"), (3, size, size), batch, profile
+        )
         true_seconds, kept = _in_a_process(name, batch, size)
         os.environ["MALLOC_MMAP_THRESHOLD_"] = str(10**6)
         _, true_peak = _in_a_process(name, batch, size)
         del os.environ["MALLOC_MMAP_THRESHOLD_"]
-        row = [f"`{name}`", str(batch), f"{size}²", f"{seconds:.3f}", f"{true_seconds:.3f}", f"{seconds / true_seconds:.2f}"]
-        row += [f"{peak / 1e6:.0f}", f"{true_peak / 1e6:.0f}", f"{peak / true_peak:.2f}", f"{kept / 1e6:.0f}"]
+        row = [
+            f"`{name}`",
+            str(batch),
+            f"{size}²",
+            f"{seconds:.3f}",
+            f"{true_seconds:.3f}",
+            f"{seconds / true_seconds:.2f}",
+        ]
+        row += [
+            f"{peak / 1e6:.0f}",
+            f"{true_peak / 1e6:.0f}",
+            f"{peak / true_peak:.2f}",
+            f"{kept / 1e6:.0f}",
+        ]
         print(f"| {' | '.join(row)} |", flush=True)
 
 

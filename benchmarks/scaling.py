@@ -1,8 +1,9 @@
 """Data-parallel efficiency on this machine: ``python -m benchmarks.scaling``.
 
-Real trainings (`coda train` under torchrun, digits at 32x32, 64 images per process and update), one processor core for each process:
-images per second of two processes against twice those of one, interleaved. Then the share of an update that the exchange of the
-gradients takes: an all-reduce of as many bytes, measured by itself. ``--gradients`` prints, without measuring anything, how many
+Real trainings (`coda train` under torchrun, digits at 32x32, 64 images per process and update), one
+processor core for each process: images per second of two processes against twice those of one,
+interleaved. Then the share of an update that the exchange of the gradients takes: an all-reduce of
+as many bytes, measured by itself. ``--gradients`` prints, without measuring anything, how many
 bytes that are for every model.
 """
 
@@ -28,7 +29,8 @@ import pipeline  # noqa: F401  registers the models
 from pipeline.data.prepare import prepare
 from pipeline.recipe.load import from_dict, load
 
-IMAGES, EVERY = 64, 5  # per process and update; updates between two measurements
+# per process and update; updates between two measurements
+IMAGES, EVERY = 64, 5
 ROOT = Path(__file__).parents[1]
 
 
@@ -38,16 +40,35 @@ def train(folder: Path, name: str, processes: int, epochs: int, model: str) -> f
     recipe |= {"name": name, "runs": str(folder)}
     recipe["model"] = {"name": model}
     recipe["data"]["prepared"] = str(folder / "data")
-    recipe["training"] |= {"epochs": epochs, "global_batch_size": IMAGES * processes, "warmup_epochs": 0}
+    recipe["training"] |= {
+        "epochs": epochs,
+        "global_batch_size": IMAGES * processes,
+        "warmup_epochs": 0,
+    }
     recipe["evaluation"] |= {"every_epochs": epochs, "final_metrics": ["accuracy"]}
     recipe["tracking"]["log_every_updates"] = EVERY
     prepare(from_dict(recipe))
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe))
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:processes]))
-    command = ["taskset", "-c", cores, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [
+        "taskset",
+        "-c",
+        cores,
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run([*command, "-m", "pipeline", "train", str(path)], check=True, capture_output=True, env=environment)
+    subprocess.run(
+        [*command, "-m", "pipeline", "train", str(path)],
+        check=True,
+        capture_output=True,
+        env=environment,
+    )
     lines = map(json.loads, (folder / name / "journal.jsonl").read_text().splitlines())
     rates = [line["value"] for line in lines if line["key"] == "speed/images_per_second"]
     return statistics.median(rates[1:])
@@ -69,7 +90,9 @@ def exchange(rank: int, port: int, numbers: int, folder: str) -> None:
 
 
 def gradients(name: str) -> tuple[int, int]:
-    """(classes, parameters) of a model as registered; its gradients are exchanged once an update in fp32, 4 bytes a parameter."""
+    """(classes, parameters) of a model as registered; its gradients are exchanged once an update in
+    fp32, 4 bytes a parameter.
+    """
     with torch.device("meta"):
         model = timm.create_model(name)
     return model.num_classes, sum(parameter.numel() for parameter in model.parameters())
@@ -89,7 +112,9 @@ def main() -> None:
     parser.add_argument("--model", default="coda_resnet20")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--gradients", action="store_true", help="only the bytes of every model's gradients")
+    parser.add_argument(
+        "--gradients", action="store_true", help="only the bytes of every model's gradients"
+    )
     options = parser.parse_args()
     if options.gradients:
         return print_gradients()
@@ -97,7 +122,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for repeat in tqdm(range(options.repeats), file=sys.stderr):
             for processes, found in rates.items():
-                found.append(train(Path(folder), f"{processes}-{repeat}", processes, options.epochs * processes, options.model))
+                found.append(
+                    train(
+                        Path(folder),
+                        f"{processes}-{repeat}",
+                        processes,
+                        options.epochs * processes,
+                        options.model,
+                    )
+                )
         _, numbers = gradients(options.model)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -106,8 +139,12 @@ def main() -> None:
         seconds = float(Path(folder, "seconds").read_text())
     one, two = (statistics.median(found) for found in rates.values())
     update = 2 * IMAGES / two
-    print(f"{options.model}: {one:.1f} images/s in one process, {two:.1f} in two: efficiency {two / (2 * one):.3f}")
-    print(f"gradients {4 * numbers / 1e6:.2f} MB; exchanged in {1e3 * seconds:.1f} ms, {100 * seconds / update:.1f} % of an update")
+    print(
+        f"{options.model}: {one:.1f} images/s in one process, {two:.1f} in two: efficiency {two / (2 * one):.3f}"
+    )
+    print(
+        f"gradients {4 * numbers / 1e6:.2f} MB; exchanged in {1e3 * seconds:.1f} ms, {100 * seconds / update:.1f} % of an update"
+    )
 
 
 if __name__ == "__main__":

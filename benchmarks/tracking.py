@@ -1,9 +1,11 @@
-"""What tracking costs a training step, whatever state MLflow is in: ``python -m benchmarks.tracking``.
+"""What tracking costs a training step, whatever state MLflow is in: ``python -m
+benchmarks.tracking``.
 
-Real updates of a hybrid on one thread, every tenth of which logs four values, as the recipes do, against the same updates that log to
-nowhere. A server that answers is the real one; the faulty ones stand before it. Blocks of updates alternate: nowhere, a state, nowhere, the
-next state, ... A block begins when the run's start has been delivered, or has failed to be. The ratio is a block's time over the mean of
-the two blocks to nowhere beside it: median over the rounds, and its range.
+Real updates of a hybrid on one thread, every tenth of which logs four values, as the recipes do,
+against the same updates that log to nowhere. A server that answers is the real one; the faulty ones
+stand before it. Blocks of updates alternate: nowhere, a state, nowhere, the next state, ... A block
+begins when the run's start has been delivered, or has failed to be. The ratio is a block's time
+over the mean of the two blocks to nowhere beside it: median over the rounds, and its range.
 """
 
 import argparse
@@ -43,9 +45,20 @@ def free_port() -> int:
 
 
 def start_server(folder: Path, port: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "pipeline", "serve", "--runs", str(folder / "server"), "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "serve",
+        "--runs",
+        str(folder / "server"),
+        "--port",
+        str(port),
+    ]
     with (folder / "server.log").open("w") as log:
-        server = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log
+        )
     while True:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
@@ -77,7 +90,12 @@ def block(update: Callable[[], float], tracker: Tracker, updates: int) -> float:
     for step in range(updates):
         loss = update()
         if step % LOG_EVERY == 0:
-            values = {"train/loss": loss, "train/learning_rate": 1e-3, "speed/images_per_second": 1.0, "speed/device_hours": 1.0}
+            values = {
+                "train/loss": loss,
+                "train/learning_rate": 1e-3,
+                "speed/images_per_second": 1.0,
+                "speed/device_hours": 1.0,
+            }
             tracker.metrics(values, step)
     return time.perf_counter() - start
 
@@ -89,7 +107,10 @@ def tracker_to(uri: str | None, folder: Path) -> Tracker:
         "model": {"name": "coda_resnet20"},
         "data": {"source": "digits", "image_size": 32},
     }
-    tree |= {"training": {"epochs": 1, "global_batch_size": 64, "learning_rate": 1e-3}, "tracking": {"uri": uri}}
+    tree |= {
+        "training": {"epochs": 1, "global_batch_size": 64, "learning_rate": 1e-3},
+        "tracking": {"uri": uri},
+    }
     recipe = from_dict(tree)
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
@@ -103,13 +124,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "2"  # so that nothing is left of a block when the next one begins
+    # so that nothing is left of a block when the next one begins
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "2"
     with tempfile.TemporaryDirectory() as name:
         folder, port = Path(name), free_port()
         server = start_server(folder, port)
         slow, silent, broken = (FaultyProxy(port, fault) for fault in ("late", "silent", "error"))
         for database in ("locked", "own"):
-            tracker_to(f"sqlite:///{folder / database / 'mlflow.db'}", folder / "runs" / f"make-{database}").close()
+            tracker_to(
+                f"sqlite:///{folder / database / 'mlflow.db'}", folder / "runs" / f"make-{database}"
+            ).close()
         lock = sqlite3.connect(folder / "locked" / "mlflow.db", isolation_level=None)
         lock.execute("BEGIN EXCLUSIVE")
         states = {
@@ -122,23 +146,28 @@ def main() -> None:
             "SQLite file, locked": f"sqlite:///{folder / 'locked' / 'mlflow.db'}",
         }
         update = make_update(options.batch)
-        block(update, Tracker(), options.updates)  # warm
+        # warm
+        block(update, Tracker(), options.updates)
         ratios: dict[str, list[float]] = {state: [] for state in states}
         alone: list[float] = []
         for number in tqdm(range(options.rounds), file=sys.stderr):
             before = block(update, Tracker(), options.updates)
             for index, (state, uri) in enumerate(states.items()):
                 tracker = tracker_to(uri, folder / "runs" / f"{number}-{index}")
-                tracker.flush(3)  # the start of a run is delivered, or the sender is in its trouble
+                # the start of a run is delivered, or the sender is in its trouble
+                tracker.flush(3)
                 seconds = block(update, tracker, options.updates)
-                tracker.close("KILLED")  # which waits for seconds only
+                # which waits for seconds only
+                tracker.close("KILLED")
                 after = block(update, Tracker(), options.updates)
                 ratios[state].append(2 * seconds / (before + after))
                 alone.append(after)
                 before = after
         server.terminate()
     milliseconds = 1e3 * statistics.median(alone) / options.updates
-    print(f"{milliseconds:.1f} ms per update to nowhere, {options.rounds} rounds of {options.updates} updates")
+    print(
+        f"{milliseconds:.1f} ms per update to nowhere, {options.rounds} rounds of {options.updates} updates"
+    )
     for state, found in ratios.items():
         print(f"{state:34}{statistics.median(found):7.3f}   ({min(found):.3f} to {max(found):.3f})")
     noise = statistics.median(abs(a / b - 1) for a, b in zip(alone[1:], alone, strict=False))

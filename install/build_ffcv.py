@@ -25,8 +25,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TARGETS = {"x86_64": "x86_64-linux-gnu.2.17", "aarch64": "aarch64-linux-gnu.2.17"}
-LIBRARIES = ("opencv4", "libturbojpeg")  # pkg-config's names
-NEEDED = {  # of each source archive: how the names of what is unpacked begin
+# pkg-config's names
+LIBRARIES = ("opencv4", "libturbojpeg")
+# of each source archive: how the names of what is unpacked begin
+NEEDED = {
     "ffcv": "ffcv/ libffcv/ ffcv.egg-info/requires.txt LICENSE PKG-INFO".split(),
     "simplejpeg": ["lib/"],
     "opencv-python-headless": [

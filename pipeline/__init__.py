@@ -1,4 +1,5 @@
-"""Train image classifiers that explain themselves. Importing this package registers its models in timm.
+"""Train image classifiers that explain themselves. Importing this package registers its models in
+timm.
 
 ``contributions`` and ``explanation_mode`` explain a model; torch and timm are all they need.
 """
@@ -36,6 +37,7 @@ def _is_command_line() -> bool:
     return Path("".join(sys.orig_argv[1:2])).name == "coda"
 
 
-# The command line registers them when it knows that the command needs them: `coda doctor` must run where torch cannot be imported.
+# The command line registers them when it knows that the command needs them: `coda doctor` must run
+# where torch cannot be imported.
 if not _is_command_line():
     register_models()

@@ -21,30 +21,39 @@ RECIPE = "YAML file, or the name of a ready-made recipe: see `coda recipes`"
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
-# Before it ends, the interpreter would search all that it has loaded for garbage: 3 s of a processor, while Slurm waits.
+# Before it ends, the interpreter would search all that it has loaded for garbage: 3 s of a
+# processor, while Slurm waits.
 atexit.register(gc.freeze)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 or, after Ctrl-C, 130.
 
-    A user's mistake, a package that cannot be imported and a disk that is full or failing are one line on stderr and 2; with
-    CODA_TRACEBACK=1 the traceback is above that line. Any other error is raised.
+    A user's mistake, a package that cannot be imported and a disk that is full or failing are one
+    line on stderr and 2; with CODA_TRACEBACK=1 the traceback is above that line. Any other error is
+    raised.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]:
+    if [
+        word
+        for word in rest
+        if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")
+    ]:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # argparse takes no positional arguments behind an option
+    # argparse takes no positional arguments behind an option
+    if rest:
         options.overrides += rest
     try:
         if options.models:
-            use_local_caches()  # before the libraries that ask for them are imported
+            # before the libraries that ask for them are imported
+            use_local_caches()
             _register_models()
         return options.run(options) or 0
     except UserError as error:
         return _failed("mistake", str(error))
-    except ImportError as error:  # trying again would not heal it
+    except ImportError as error:
+        # trying again would not heal it
         return _failed("mistake", _import_failure(error, options))
     except OSError as error:
         if (kind := _kind(error)) is None:
@@ -53,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         return _failed(kind, " ".join(text.split()) + remedy)
     except KeyboardInterrupt:
-        print("coda: interrupted; the same command continues where this one was stopped", file=sys.stderr)
+        print(
+            "coda: interrupted; the same command continues where this one was stopped",
+            file=sys.stderr,
+        )
         return EXIT_INTERRUPTED
 
 
@@ -66,7 +78,9 @@ def _failed(event: str, text: str) -> int:
 
 
 def _kind(error: OSError) -> Literal["disk", "mistake"] | None:
-    """What ``error`` is about, if that is understood. Libraries for the network raise OSErrors, too."""
+    """What ``error`` is about, if that is understood. Libraries for the network raise OSErrors,
+    too.
+    """
     if error.errno in FULL | FAILING or (error.errno in AWAY and error.filename):
         return "disk"
     of_path = error.errno in PATH and error.filename
@@ -78,8 +92,10 @@ def _kind(error: OSError) -> Literal["disk", "mistake"] | None:
 def _register_models() -> None:
     try:
         pipeline.register_models()
-    except (OSError, RuntimeError) as error:  # torchvision of another torch, a library of CUDA that is missing
-        if getattr(error, "errno", None):  # of the disk that they are on
+    except (OSError, RuntimeError) as error:
+        # torchvision of another torch, a library of CUDA that is missing
+        # of the disk that they are on
+        if getattr(error, "errno", None):
             raise
         raise ImportError(f"torch, torchvision or timm: {error}") from error
 
@@ -102,66 +118,185 @@ def _add_command(commands, name, run, text, extra="", models=True) -> argparse.A
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="coda", description="Train image classifiers that explain themselves.")
+    parser = argparse.ArgumentParser(
+        prog="coda", description="Train image classifiers that explain themselves."
+    )
     command = partial(_add_command, parser.add_subparsers(required=True, metavar="COMMAND"))
-    sub = command("doctor", _doctor, "Check this machine, with the remedy beside each failure.", models=False)
-    sub.add_argument("recipe", nargs="?", help="also what this recipe needs: its tracking address and its folders")
+    sub = command(
+        "doctor", _doctor, "Check this machine, with the remedy beside each failure.", models=False
+    )
+    sub.add_argument(
+        "recipe",
+        nargs="?",
+        help="also what this recipe needs: its tracking address and its folders",
+    )
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
-    sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (its disk is checked)")
-    command("recipes", _recipes, "List the ready-made recipes, and where they and the job scripts for Slurm are.", models=False)
+    sub.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="folder of the runs (its disk is checked)"
+    )
+    command(
+        "recipes",
+        _recipes,
+        "List the ready-made recipes, and where they and the job scripts for Slurm are.",
+        models=False,
+    )
     for name, run, text in (
         ("prepare", _prepare, "Write the .beton files of a recipe's data set."),
-        ("train", _train, "Train a recipe, or continue where it was stopped; ends with export, evaluation and pictures."),
+        (
+            "train",
+            _train,
+            "Train a recipe, or continue where it was stopped; ends with export, evaluation and pictures.",
+        ),
     ):
         sub = command(name, run, text, "train")
         sub.add_argument("recipe", help=RECIPE)
-        sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.epochs=3")
-    sub = command("verify", _verify, "Decode everything in a prepared folder and compare it with its manifest.", "train")
-    sub.add_argument("target", metavar="FOLDER|RECIPE", help="a prepared folder, or the recipe that it was prepared with")
+        sub.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="such as training.epochs=3"
+        )
+    sub = command(
+        "verify",
+        _verify,
+        "Decode everything in a prepared folder and compare it with its manifest.",
+        "train",
+    )
+    sub.add_argument(
+        "target",
+        metavar="FOLDER|RECIPE",
+        help="a prepared folder, or the recipe that it was prepared with",
+    )
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
-    sub = command("plan", _plan, "Say what a recipe needs and costs on a kind of GPU, from published numbers, or on this processor.")
+    sub = command(
+        "plan",
+        _plan,
+        "Say what a recipe needs and costs on a kind of GPU, from published numbers, or on this processor.",
+    )
     sub.add_argument("recipe", help=RECIPE)
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.micro_batch_size=64")
-    sub.add_argument("--gpu", default="h100", help="h100, a100, ..., or cpu for this machine (default h100)")
+    sub.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as training.micro_batch_size=64"
+    )
+    sub.add_argument(
+        "--gpu", default="h100", help="h100, a100, ..., or cpu for this machine (default h100)"
+    )
     sub.add_argument("--nodes", type=int, default=1)
     sub.add_argument("--gpus-per-node", type=int, default=8)
     sub.add_argument("--images", type=int, help="training images, where the source does not say")
-    sub = command("export", _export, "Write the newest checkpoint of a run as model.safetensors + config.json.")
+    sub = command(
+        "export",
+        _export,
+        "Write the newest checkpoint of a run as model.safetensors + config.json.",
+    )
     sub.add_argument("folder", type=Path, metavar="RUN")
     text = "Evaluate the export of a run: computes what is missing; writes evaluation.json, tables, pictures."
     sub = command("evaluate", _evaluate, text, "train")
     sub.add_argument("folder", type=Path, metavar="RUN|EXPORT")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as evaluation.grids=500")
-    sub.add_argument("--metrics", metavar="NAME,...|all", help="default: evaluation.final_metrics of the recipe")
-    sub.add_argument("--methods", metavar="NAME,...|all", help="explanations to judge; default: evaluation.methods of the recipe")
-    sub = command("explain", _explain, "Show what in images or a video speaks for and against classes, as one HTML page.", "explain")
+    sub.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as evaluation.grids=500"
+    )
+    sub.add_argument(
+        "--metrics", metavar="NAME,...|all", help="default: evaluation.final_metrics of the recipe"
+    )
+    sub.add_argument(
+        "--methods",
+        metavar="NAME,...|all",
+        help="explanations to judge; default: evaluation.methods of the recipe",
+    )
+    sub = command(
+        "explain",
+        _explain,
+        "Show what in images or a video speaks for and against classes, as one HTML page.",
+        "explain",
+    )
     sub.add_argument("folder", type=Path, metavar="RUN|EXPORT")
     sub.add_argument("source", type=Path, metavar="IMAGE|FOLDER|VIDEO")
     classes = sub.add_mutually_exclusive_group()
-    classes.add_argument("--top-k", type=int, default=3, help="explain the k most probable classes (default 3)")
+    classes.add_argument(
+        "--top-k", type=int, default=3, help="explain the k most probable classes (default 3)"
+    )
     classes.add_argument("--class", dest="wanted", metavar="NAME|INDEX", help="explain this class")
-    sub.add_argument("--layers", action="store_true", help="show the contributions of every layer, too")
-    sub.add_argument("--output", type=Path, help="folder of the page (default RUN/explanations/<name of the source>)")
+    sub.add_argument(
+        "--layers", action="store_true", help="show the contributions of every layer, too"
+    )
+    sub.add_argument(
+        "--output",
+        type=Path,
+        help="folder of the page (default RUN/explanations/<name of the source>)",
+    )
     text = "Show evaluated runs beside each other: here, as one page and picture, and in MLflow."
     sub = command("compare", _compare, text, "train")
-    sub.add_argument("names", nargs="+", metavar="RUN|EXPERIMENT", help="folder of a run, or name of an experiment or sweep")
-    sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs in which experiments are looked for")
-    sub.add_argument("--output", type=Path, help="folder of comparison.html and .png (default: that of the runs)")
-    sub.add_argument("--open", action="store_true", help="open MLflow's charts of these runs, or without a server the page, in a browser")
-    sub = command("models", _models, "Print what the CoDA networks cost, for every junction, as a markdown table.")
+    sub.add_argument(
+        "names",
+        nargs="+",
+        metavar="RUN|EXPERIMENT",
+        help="folder of a run, or name of an experiment or sweep",
+    )
+    sub.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        help="folder of the runs in which experiments are looked for",
+    )
+    sub.add_argument(
+        "--output", type=Path, help="folder of comparison.html and .png (default: that of the runs)"
+    )
+    sub.add_argument(
+        "--open",
+        action="store_true",
+        help="open MLflow's charts of these runs, or without a server the page, in a browser",
+    )
+    sub = command(
+        "models",
+        _models,
+        "Print what the CoDA networks cost, for every junction, as a markdown table.",
+    )
     sub.add_argument("names", nargs="*", metavar="MODEL", help="all if none is named")
     sub.add_argument("--time", action="store_true", help="also measure CPU time; takes minutes")
-    sub = command("serve", _serve, "Start MLflow's server: for this machine, or with --host for a team.", "server")
-    sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs: its mlflow.db and mlartifacts are shown")
-    sub.add_argument("--host", default="127.0.0.1", help="address to listen on; beyond this machine (0.0.0.0) a password is required")
+    sub = command(
+        "serve",
+        _serve,
+        "Start MLflow's server: for this machine, or with --host for a team.",
+        "server",
+    )
+    sub.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        help="folder of the runs: its mlflow.db and mlartifacts are shown",
+    )
+    sub.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; beyond this machine (0.0.0.0) a password is required",
+    )
     sub.add_argument("--port", type=int, default=5000)
-    sub.add_argument("--backend-store-uri", metavar="URI", help="such as postgresql://USER@HOST/DATABASE")
-    sub.add_argument("--artifacts", metavar="FOLDER|s3://BUCKET/PATH", help="where the artifacts of new experiments go")
-    sub.add_argument("--allowed-hosts", metavar="NAME,...", default="", help="further names by which clients reach this server")
-    sub.add_argument("--credentials", type=Path, help="file of mode 600 with name and password (default ~/.mlflow/credentials)")
-    sub = command("sync", _sync, "Send what MLflow has not received of a run, or of all runs in a folder.", "train")
+    sub.add_argument(
+        "--backend-store-uri", metavar="URI", help="such as postgresql://USER@HOST/DATABASE"
+    )
+    sub.add_argument(
+        "--artifacts",
+        metavar="FOLDER|s3://BUCKET/PATH",
+        help="where the artifacts of new experiments go",
+    )
+    sub.add_argument(
+        "--allowed-hosts",
+        metavar="NAME,...",
+        default="",
+        help="further names by which clients reach this server",
+    )
+    sub.add_argument(
+        "--credentials",
+        type=Path,
+        help="file of mode 600 with name and password (default ~/.mlflow/credentials)",
+    )
+    sub = command(
+        "sync",
+        _sync,
+        "Send what MLflow has not received of a run, or of all runs in a folder.",
+        "train",
+    )
     sub.add_argument("folder", type=Path, metavar="RUN|FOLDER")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="such as tracking.uri=http://HOST:PORT")
+    sub.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as tracking.uri=http://HOST:PORT"
+    )
     return parser
 
 
@@ -187,7 +322,11 @@ def _verify(options: argparse.Namespace) -> None:
     from pipeline.data.verify import verify
     from pipeline.recipe.load import load
 
-    data = None if Path(options.target).is_dir() else load(find_recipe(options.target), options.overrides).data
+    data = (
+        None
+        if Path(options.target).is_dir()
+        else load(find_recipe(options.target), options.overrides).data
+    )
     print(verify(data.folder if data else Path(options.target), data))
 
 
@@ -197,7 +336,8 @@ def _train(options: argparse.Namespace) -> None:
 
     recipe = load(find_recipe(options.recipe), options.overrides)
     with process_group() as world:
-        from pipeline.training.loop import train  # imports deepspeed, which reads what process_group sets
+        # imports deepspeed, which reads what process_group sets
+        from pipeline.training.loop import train
 
         train(recipe, world)
         if world.is_main:
@@ -219,7 +359,11 @@ def _plan(options: argparse.Namespace) -> None:
         return
     if options.gpu not in GPUS:
         raise UserError(f"--gpu {options.gpu!r} is not known; valid: {', '.join([*GPUS, 'cpu'])}")
-    print(Plan(recipe, options.images).report(Cluster(options.nodes, options.gpus_per_node, GPUS[options.gpu])))
+    print(
+        Plan(recipe, options.images).report(
+            Cluster(options.nodes, options.gpus_per_node, GPUS[options.gpu])
+        )
+    )
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -246,7 +390,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     from pipeline.tracking import tracker_of
 
     metrics = ",".join(get_args(Metric)) if options.metrics == "all" else options.metrics
-    methods = ",".join(applicable_methods(options.folder)) if options.methods == "all" else options.methods
+    methods = (
+        ",".join(applicable_methods(options.folder))
+        if options.methods == "all"
+        else options.methods
+    )
     asked = {"final_metrics": metrics, "methods": methods}
     lists = [f"evaluation.{key}=[{names}]" for key, names in asked.items() if names]
     recipe = load_stored(options.folder, [*options.overrides, *lists])
@@ -262,7 +410,16 @@ def _explain(options: argparse.Namespace) -> None:
     from pipeline.reports.explain import explain
 
     output = options.output or options.folder / "explanations" / options.source.name
-    print(explain(options.folder, options.source, output, top_k=options.top_k, wanted=options.wanted, all_layers=options.layers))
+    print(
+        explain(
+            options.folder,
+            options.source,
+            output,
+            top_k=options.top_k,
+            wanted=options.wanted,
+            all_layers=options.layers,
+        )
+    )
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -1,4 +1,6 @@
-"""Processes and ranks: the only reader of RANK and SLURM_* variables, and the few collectives the pipeline needs."""
+"""Processes and ranks: the only reader of RANK and SLURM_* variables, and the few collectives the
+pipeline needs.
+"""
 
 import os
 import re
@@ -23,8 +25,10 @@ class World:
     local_rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
-    incarnation: str = "alone"  # same on all processes; another one whenever the training is started again
-    timeout_seconds: float = 1800  # for which a process waits for the others before it gives up
+    incarnation: str = "alone"
+    """Same on all processes; another one whenever the training is started again."""
+    timeout_seconds: float = 1800
+    """For which a process waits for the others before it gives up."""
 
     @property
     def is_main(self) -> bool:
@@ -33,8 +37,14 @@ class World:
 
 
 def job_tags(environment: Mapping[str, str]) -> dict[str, str]:
-    """What Slurm says of the job that this process belongs to, as tags of its run; empty outside of a job."""
-    names = {"slurm/job": "SLURM_JOB_ID", "slurm/nodes": "SLURM_JOB_NODELIST", "slurm/restarts": "SLURM_RESTART_COUNT"}
+    """What Slurm says of the job that this process belongs to, as tags of its run; empty outside of
+    a job.
+    """
+    names = {
+        "slurm/job": "SLURM_JOB_ID",
+        "slurm/nodes": "SLURM_JOB_NODELIST",
+        "slurm/restarts": "SLURM_RESTART_COUNT",
+    }
     if "SLURM_JOB_ID" not in environment:
         return {}
     return {tag: environment.get(name, "0") for tag, name in names.items()}
@@ -46,7 +56,8 @@ def node_name(environment: Mapping[str, str]) -> str:
 
 
 def ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """(rank, local rank, world size) from torchrun's variables, else Slurm's step variables, else a single process.
+    """(rank, local rank, world size) from torchrun's variables, else Slurm's step variables, else a
+    single process.
 
     Raises:
         UserError: a variable of the set is missing or not a number.
@@ -62,16 +73,20 @@ def ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
     values = []
     for name in names:
         if not environment.get(name, "").isdigit():
-            raise UserError(f"environment variable {name} is {environment.get(name)!r}; torchrun or srun sets it to a number")
+            raise UserError(
+                f"environment variable {name} is {environment.get(name)!r}; torchrun or srun sets it to a number"
+            )
         values.append(int(environment[name]))
     return values[0], values[1], values[2]
 
 
 def rendezvous(environment: Mapping[str, str]) -> tuple[str, int]:
-    """(address, port) at which the processes meet: MASTER_ADDR and MASTER_PORT, else from Slurm's variables.
+    """(address, port) at which the processes meet: MASTER_ADDR and MASTER_PORT, else from Slurm's
+    variables.
 
-    The address is the first node's name. The port lies below the kernel's ephemeral ones, and is another one for every job,
-    array task and restart, so that neither a neighbour nor this job's own past holds it.
+    The address is the first node's name. The port lies below the kernel's ephemeral ones, and is
+    another one for every job, array task and restart, so that neither a neighbour nor this job's
+    own past holds it.
 
     Raises:
         UserError: neither is there.
@@ -85,7 +100,9 @@ def rendezvous(environment: Mapping[str, str]) -> tuple[str, int]:
         port = str(10000 + (int(job) * 31 + restart) % 20000)
     if not address or not port:
         name = "MASTER_PORT" if address else "MASTER_ADDR"
-        raise UserError(f"environment variable {name} is not set; torchrun sets it, and under srun it follows from Slurm's own")
+        raise UserError(
+            f"environment variable {name} is not set; torchrun sets it, and under srun it follows from Slurm's own"
+        )
     return address, int(port)
 
 
@@ -96,18 +113,23 @@ def first_node(nodes: str) -> str:
 
 
 def device_index(local_rank: int, visible: int) -> int:
-    """Number of this process's GPU among the ``visible`` ones: Slurm shows a process either its own GPU or all of the node's.
+    """Number of this process's GPU among the ``visible`` ones: Slurm shows a process either its own
+    GPU or all of the node's.
 
     Raises:
         UserError: more processes on the node than GPUs.
     """
     if visible > 1 and local_rank >= visible:
-        raise UserError(f"process {local_rank} of this node finds only {visible} GPUs: ask for --gpus-per-node=--ntasks-per-node")
+        raise UserError(
+            f"process {local_rank} of this node finds only {visible} GPUs: ask for --gpus-per-node=--ntasks-per-node"
+        )
     return local_rank if visible > 1 else 0
 
 
 def incarnation(environment: Mapping[str, str]) -> str:
-    """Name of this start of the training: ``slurm-<job>.<restart>`` under Slurm, else this host and process."""
+    """Name of this start of the training: ``slurm-<job>.<restart>`` under Slurm, else this host and
+    process.
+    """
     if "SLURM_STEP_ID" in environment and "SLURM_JOB_ID" in environment:
         return f"slurm-{environment['SLURM_JOB_ID']}.{environment.get('SLURM_RESTART_COUNT') or 0}"
     return f"{socket.gethostname()}-{os.getpid()}"
@@ -115,9 +137,11 @@ def incarnation(environment: Mapping[str, str]) -> str:
 
 @contextmanager
 def process_group(timeout_seconds: float | None = None) -> Iterator[World]:
-    """Join the process group (NCCL on GPUs, else gloo) for the duration of the block, alone or under torchrun or srun.
+    """Join the process group (NCCL on GPUs, else gloo) for the duration of the block, alone or
+    under torchrun or srun.
 
-    A process that waits for the others for ``timeout_seconds`` gives up with an error; by default CODA_TIMEOUT_SECONDS, or 1800.
+    A process that waits for the others for ``timeout_seconds`` gives up with an error; by default
+    CODA_TIMEOUT_SECONDS, or 1800.
 
     Raises:
         UserError: the environment does not describe a process group.
@@ -131,7 +155,8 @@ def process_group(timeout_seconds: float | None = None) -> Iterator[World]:
         device = torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(_threads(os.environ, size))
-    alone = size == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # a torchrun is met at its store, even by one process
+    # a torchrun is met at its store, even by one process
+    alone = size == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     variables: dict[str, object] = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": size}
     meeting: dict[str, Any] = {}
     if alone:
@@ -139,7 +164,8 @@ def process_group(timeout_seconds: float | None = None) -> Iterator[World]:
         meeting = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     else:
         variables["MASTER_ADDR"], variables["MASTER_PORT"] = rendezvous(os.environ)
-    os.environ.update({name: str(value) for name, value in variables.items()})  # what torch and deepspeed read
+    # what torch and deepspeed read
+    os.environ.update({name: str(value) for name, value in variables.items()})
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **meeting)
     try:
@@ -156,12 +182,16 @@ def _timeout(environment: Mapping[str, str]) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise UserError(f"environment variable CODA_TIMEOUT_SECONDS is {text!r}; it must be a positive number of seconds")
+        raise UserError(
+            f"environment variable CODA_TIMEOUT_SECONDS is {text!r}; it must be a positive number of seconds"
+        )
     return seconds
 
 
 def _threads(environment: Mapping[str, str], size: int) -> int:
-    """Processors of this process: Slurm's share, else those it may use, shared fairly with the processes of its machine."""
+    """Processors of this process: Slurm's share, else those it may use, shared fairly with the
+    processes of its machine.
+    """
     available = len(os.sched_getaffinity(0))
     if share := environment.get("SLURM_CPUS_PER_TASK"):
         return max(1, min(available, int(share)))
@@ -169,7 +199,9 @@ def _threads(environment: Mapping[str, str], size: int) -> int:
 
 
 def _check_loopback() -> None:
-    """Raise UserError if this machine does not reach itself: gloo connects even a process that is alone."""
+    """Raise UserError if this machine does not reach itself: gloo connects even a process that is
+    alone.
+    """
     with socket.socket() as listener:
         try:
             listener.bind(("127.0.0.1", 0))
@@ -177,11 +209,15 @@ def _check_loopback() -> None:
             socket.create_connection(listener.getsockname(), timeout=10).close()
         except OSError as error:
             remedy = "the loopback interface must be up: `ip link set lo up`, as root"
-            raise UserError(f"address 127.0.0.1 of this machine: {error.strerror or error}; {remedy}") from error
+            raise UserError(
+                f"address 127.0.0.1 of this machine: {error.strerror or error}; {remedy}"
+            ) from error
 
 
 def sum_across_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Sum of ``values`` over all processes, in place and on every process; without a process group, ``values`` itself."""
+    """Sum of ``values`` over all processes, in place and on every process; without a process group,
+    ``values`` itself.
+    """
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
@@ -209,7 +245,8 @@ def together(step: Callable[[], object], *, main_only: bool = False) -> None:
     try:
         if not main_only or _rank() == 0:
             step()
-    except Exception as error:  # told to the waiting processes, then raised
+    except Exception as error:
+        # told to the waiting processes, then raised
         failure = error
     known = failure is None or isinstance(failure, UserError | OSError)
     told = failure if known else RuntimeError(f"process {_rank()} failed: {failure!r}")
@@ -227,7 +264,8 @@ def _rank() -> int:
 
 def lost_peer(error: Exception) -> bool:
     """Whether ``error`` says that another process of the group is gone, or does not answer."""
-    if isinstance(error, dist.DistError):  # NCCL's, and the store's
+    # NCCL's, and the store's
+    if isinstance(error, dist.DistError):
         return True
     return type(error) is RuntimeError and "gloo/transport" in str(error)
 

@@ -1,7 +1,8 @@
-"""Exports: a folder that timm loads by ``timm.create_model("local-dir:FOLDER", pretrained=True)`` after ``import pipeline``.
+"""Exports: a folder that timm loads by ``timm.create_model("local-dir:FOLDER", pretrained=True)``
+after ``import pipeline``.
 
-Holds model.safetensors (fp32 weights), config.json (architecture and its arguments) and recipe.yaml (how it was trained). Loading
-needs neither DeepSpeed nor a checkpoint.
+Holds model.safetensors (fp32 weights), config.json (architecture and its arguments) and recipe.yaml
+(how it was trained). Loading needs neither DeepSpeed nor a checkpoint.
 """
 
 import json
@@ -20,16 +21,28 @@ from torch import nn
 from pipeline.errors import UserError
 from pipeline.recipe.schema import STORED, Recipe
 
-FOLDER = "export"  # inside a run folder
+# inside a run folder
+FOLDER = "export"
 
 
 def export(model: nn.Module, recipe: Recipe, classes: Sequence[str], folder: Path) -> None:
-    """Write ``model`` (weights on any device) to ``folder``, replacing an earlier export once the new one is complete."""
-    temporary, replaced = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    """Write ``model`` (weights on any device) to ``folder``, replacing an earlier export once the
+    new one is complete.
+    """
+    temporary, replaced = (
+        folder.with_name(f".{folder.name}.tmp"),
+        folder.with_name(f".{folder.name}.old"),
+    )
     shutil.rmtree(temporary, ignore_errors=True)
     size = recipe.data.evaluated_size
     config = {"label_names": list(classes), "pretrained_cfg": {"input_size": [3, size, size]}}
-    save_for_hf(model, str(temporary), model_config=config, model_args=dict(recipe.model.args), safe_serialization=True)
+    save_for_hf(
+        model,
+        str(temporary),
+        model_config=config,
+        model_args=dict(recipe.model.args),
+        safe_serialization=True,
+    )
     (temporary / STORED).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
@@ -47,7 +60,9 @@ def find_export(folder: Path) -> Path:
     for candidate in (folder, folder / FOLDER):
         if (candidate / "config.json").is_file():
             return candidate
-    raise UserError(f"{folder}: holds no export (config.json); `coda export RUN` makes one of a run with a checkpoint")
+    raise UserError(
+        f"{folder}: holds no export (config.json); `coda export RUN` makes one of a run with a checkpoint"
+    )
 
 
 def class_names(folder: Path) -> list[str]:
@@ -86,13 +101,19 @@ def _description(folder: Path) -> dict[str, Any]:
         if not isinstance(tree, dict) or not isinstance(tree.get(key), kind):
             raise _damaged(folder, f"config.json says no {key}")
     if not timm.is_model(tree["architecture"]):
-        raise _damaged(folder, f"config.json names {tree['architecture']!r}, which timm does not know")
+        raise _damaged(
+            folder, f"config.json names {tree['architecture']!r}, which timm does not know"
+        )
     if len(tree["label_names"]) != tree["num_classes"]:
-        raise _damaged(folder, f"config.json names {len(tree['label_names'])} of {tree['num_classes']} classes")
+        raise _damaged(
+            folder, f"config.json names {len(tree['label_names'])} of {tree['num_classes']} classes"
+        )
     if not isinstance(tree.get("model_args", {}), dict):
         raise _damaged(folder, "config.json: model_args must be a mapping")
     return tree
 
 
 def _damaged(folder: Path, reason: str) -> UserError:
-    return UserError(f"export {folder}: cannot be loaded: {reason}; `coda export RUN` writes it anew")
+    return UserError(
+        f"export {folder}: cannot be loaded: {reason}; `coda export RUN` writes it anew"
+    )

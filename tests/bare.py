@@ -1,4 +1,6 @@
-"""A bare machine made of this one: a mount and network namespace without compilers, ninja, a writable home, or a way out."""
+"""A bare machine made of this one: a mount and network namespace without compilers, ninja, a
+writable home, or a way out.
+"""
 
 import os
 import shutil
@@ -24,7 +26,8 @@ TOOLS = (
     "pkg-config",
     "nvcc",
 )
-COMPILERS = ("/usr/lib/gcc", "/usr/libexec/gcc")  # cc1 and the like
+# cc1 and the like
+COMPILERS = ("/usr/lib/gcc", "/usr/libexec/gcc")
 OF_FFCV = ("libopencv_*", "libturbojpeg*")
 LOOPBACK_UP = "import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh', b'lo', 0x41))"
 SCRIPT = """set -e
@@ -37,26 +40,43 @@ exec "$@"
 
 
 def namespaces() -> list[str]:
-    """The words that start a command in namespaces of its own; none where this machine does not allow that."""
-    for words in (["unshare", "--mount", "--net"], ["unshare", "--map-root-user", "--mount", "--net"]):
+    """The words that start a command in namespaces of its own; none where this machine does not
+    allow that.
+    """
+    for words in (
+        ["unshare", "--mount", "--net"],
+        ["unshare", "--map-root-user", "--mount", "--net"],
+    ):
         probe = [*words, "sh", "-c", "mount -t tmpfs none /mnt"]
         if shutil.which("unshare") and subprocess.run(probe, capture_output=True).returncode == 0:
             return words
     return []
 
 
-def run(command: list[str], folder: Path, *, up: bool = True, **variables: str) -> subprocess.CompletedProcess:
-    """``command`` on the bare machine, with ``folder``/home as an empty, read-only home unless ``variables`` name another."""
+def run(
+    command: list[str], folder: Path, *, up: bool = True, **variables: str
+) -> subprocess.CompletedProcess:
+    """``command`` on the bare machine, with ``folder``/home as an empty, read-only home unless
+    ``variables`` name another.
+    """
     home, temporary = folder / "home", folder / "tmp"
     for path in (home, temporary):
         path.mkdir(exist_ok=True)
     places = [*os.environ["PATH"].split(":"), str(Path(sys.executable).parent)]
-    found = [path for place in places for pattern in TOOLS for path in Path(place).glob(pattern)] + _libraries()
+    found = [
+        path for place in places for pattern in TOOLS for path in Path(place).glob(pattern)
+    ] + _libraries()
     environment = {
         **{name: os.environ[name] for name in ("PATH", "LANG", "PYTHONPATH") if name in os.environ},
-        "HIDDEN": " ".join(sorted({str(path.resolve()) for path in found if path.resolve().is_file()})),
+        "HIDDEN": " ".join(
+            sorted({str(path.resolve()) for path in found if path.resolve().is_file()})
+        ),
         "EMPTIED": " ".join([str(home), *filter(os.path.isdir, COMPILERS)]),
-        **{"PYTHON": sys.executable, "LOOPBACK_UP": LOOPBACK_UP if up else "", "OMP_NUM_THREADS": "1"},
+        **{
+            "PYTHON": sys.executable,
+            "LOOPBACK_UP": LOOPBACK_UP if up else "",
+            "OMP_NUM_THREADS": "1",
+        },
         **{"HOME": str(home), "TMPDIR": str(temporary), **variables},
     }
     words = [*namespaces(), "sh", "-c", SCRIPT, "sh", *command]

@@ -19,7 +19,8 @@ class Sharing(LoadScopeScheduling):
     def _split_scope(self, nodeid):
         file, _, _ = nodeid.partition("::")
         folder = Path(file).parent.name
-        if folder == "training":  # long tests that share nothing
+        # long tests that share nothing
+        if folder == "training":
             return nodeid
         return folder if folder in ("slurm", "tracking") else file
 
@@ -30,7 +31,9 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-    """Folder in which the small recipe's .beton files stand ready, for recipes whose ``data.prepared`` is ``<folder>/data``."""
+    """Folder in which the small recipe's .beton files stand ready, for recipes whose
+    ``data.prepared`` is ``<folder>/data``.
+    """
     from pipeline.data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("prepared")

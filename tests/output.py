@@ -1,8 +1,11 @@
-"""All that a training, an evaluation and a comparison may print: a line that fits no pattern here is noise, or is to be added."""
+"""All that a training, an evaluation and a comparison may print: a line that fits no pattern here
+is noise, or is to be added.
+"""
 
 import re
 
-BAR = r".*(\d+%\|.*\||\b\d+it \[).*"  # a progress bar, drawn again and again, and the blanks that take it away
+# a progress bar, drawn again and again, and the blanks that take it away
+BAR = r".*(\d+%\|.*\||\b\d+it \[).*"
 STDERR = (
     BAR,
     r"loading needs [\d.]+ GB \(\d+ x [\d.]+\), and [\d.]+ GB of page cache; [\d.]+ GB are available",
@@ -25,8 +28,12 @@ STDOUT = (
 
 
 def noise(text: str, patterns: tuple[str, ...]) -> list[str]:
-    """Lines of ``text`` that fit none of ``patterns``, and those that come twice although they are no bar."""
+    """Lines of ``text`` that fit none of ``patterns``, and those that come twice although they are
+    no bar.
+    """
     lines = [line for line in re.split(r"[\r\n]", text) if line.strip()]
-    unknown = [line for line in lines if not any(re.fullmatch(pattern, line) for pattern in patterns)]
+    unknown = [
+        line for line in lines if not any(re.fullmatch(pattern, line) for pattern in patterns)
+    ]
     said = [line for line in lines if not re.fullmatch(BAR, line)]
     return unknown + [line for line in dict.fromkeys(said) if said.count(line) > 1]

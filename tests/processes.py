@@ -15,7 +15,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-IMPORTED = ["timm", "deepspeed", "mlflow"]  # once for all; not FFCV, which starts threads
+# once for all; not FFCV, which starts threads
+IMPORTED = ["timm", "deepspeed", "mlflow"]
 
 
 def run_on(count: int, function: Callable[..., None], *arguments: object) -> None:
@@ -24,16 +25,26 @@ def run_on(count: int, function: Callable[..., None], *arguments: object) -> Non
     An error of any is raised here. They have the environment of the first call.
     """
     multiprocessing.set_forkserver_preload(IMPORTED)
-    mp.start_processes(function, args=(count, free_port(), *arguments), nprocs=count, start_method="forkserver")
+    mp.start_processes(
+        function, args=(count, free_port(), *arguments), nprocs=count, start_method="forkserver"
+    )
 
 
 def stand_as(rank: int, size: int, port: int) -> None:
     """What torchrun tells a process."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
 
 
 def forget_process_groups() -> None:
-    """DeepSpeed remembers the process group of its first engine for good; after this, the next one may have another."""
+    """DeepSpeed remembers the process group of its first engine for good; after this, the next one
+    may have another.
+    """
     if "deepspeed" in sys.modules:
         import deepspeed
         from torch.distributed import ProcessGroup

@@ -1,4 +1,6 @@
-"""The house rules that a reader relies on: imports point one way, and three libraries each live in one room."""
+"""The house rules that a reader relies on: imports point one way, and three libraries each live in
+one room.
+"""
 
 import ast
 from pathlib import Path
@@ -60,7 +62,9 @@ def test_imports_point_one_way(path):
             assert rest[0] in FACE, f"{inside} imports {name}"
         elif rest[0] != room(path):
             assert rest[0] in LEVEL, f"{inside} imports {name}, which is no room"
-            assert LEVEL[rest[0]] < LEVEL[room(path)], f"{inside} imports {name}, which is not below it"
+            assert LEVEL[rest[0]] < LEVEL[room(path)], (
+                f"{inside} imports {name}, which is not below it"
+            )
 
 
 def test_every_room_has_its_floor():

@@ -1,4 +1,6 @@
-"""Training needs no compiler, no ninja, no home that can be written and no network, and says only what it should."""
+"""Training needs no compiler, no ninja, no home that can be written and no network, and says only
+what it should.
+"""
 
 import os
 import stat
@@ -10,7 +12,10 @@ from bare import namespaces, run
 from output import STDERR, STDOUT, noise
 from recipes_for_tests import small_recipe
 
-pytestmark = pytest.mark.skipif(not namespaces(), reason="this machine allows no mount and network namespaces (`unshare --mount --net`)")
+pytestmark = pytest.mark.skipif(
+    not namespaces(),
+    reason="this machine allows no mount and network namespaces (`unshare --mount --net`)",
+)
 CODA = [sys.executable, "-m", "pipeline"]
 TORCHRUN = [
     sys.executable,
@@ -27,7 +32,10 @@ TORCHRUN = [
 def folder(tmp_path_factory):
     """With a small recipe for a run in it."""
     folder = tmp_path_factory.mktemp("bare")
-    metrics = {"final_metrics": ["accuracy", "completeness", "alignment", "depth"], "methods": ["contributions", "gradcam"]}
+    metrics = {
+        "final_metrics": ["accuracy", "completeness", "alignment", "depth"],
+        "methods": ["contributions", "gradcam"],
+    }
     metrics |= {"grids": 2, "grid_size": 2}
     recipe = small_recipe(folder, training__epochs=1, evaluation=metrics)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
@@ -50,16 +58,25 @@ def test_one_process_trains_to_the_end(folder):
     assert done.returncode == 0, done.stderr
     assert noise(done.stderr, STDERR) == [] and noise(done.stdout, STDOUT) == []
     trained = folder / "runs" / "small"
-    for left in ("export/model.safetensors", "evaluation.json", "pictures/contributions.png", "run_id"):
+    for left in (
+        "export/model.safetensors",
+        "evaluation.json",
+        "pictures/contributions.png",
+        "run_id",
+    ):
         assert (trained / left).is_file(), left
     caches = folder / "tmp" / f"coda-{os.getuid()}"
     assert stat.S_IMODE(caches.stat().st_mode) == 0o700
     assert list(caches.glob("numba/*/*.nbi")) and list(caches.glob("matplotlib/fontlist*"))
-    assert not list(caches.glob("torch-extensions/*"))  # nothing was compiled
+    # nothing was compiled
+    assert not list(caches.glob("torch-extensions/*"))
 
 
 def test_what_is_trained_and_evaluated_is_compared(folder):
-    for words in (["train", str(folder / "recipe.yaml")], ["compare", str(folder / "runs" / "small")]):
+    for words in (
+        ["train", str(folder / "recipe.yaml")],
+        ["compare", str(folder / "runs" / "small")],
+    ):
         done = run([*CODA, *words], folder)
         assert done.returncode == 0, done.stderr
         assert noise(done.stderr, STDERR) == [] and noise(done.stdout, STDOUT) == []
@@ -72,10 +89,19 @@ def test_a_new_warning_is_seen():
 
 
 def test_two_processes_train_to_the_end_without_a_home(folder):
-    command = [*TORCHRUN, "-m", "pipeline", "train", str(folder / "recipe.yaml"), "name=two", "evaluation.final_metrics=[accuracy]"]
+    command = [
+        *TORCHRUN,
+        "-m",
+        "pipeline",
+        "train",
+        str(folder / "recipe.yaml"),
+        "name=two",
+        "evaluation.final_metrics=[accuracy]",
+    ]
     done = run(command, folder, HOME="/nonexistent")
     assert done.returncode == 0, done.stderr
-    nameless = r"\[W\S+ .*socket.cpp:\d+\] \[c10d\] The hostname of the client socket cannot be retrieved. err=-\d+"  # no network, no names
+    # no network, no names
+    nameless = r"\[W\S+ .*socket.cpp:\d+\] \[c10d\] The hostname of the client socket cannot be retrieved. err=-\d+"
     assert noise(done.stderr, (*STDERR, nameless)) == [] and noise(done.stdout, STDOUT) == []
     assert (folder / "runs" / "two" / "run_id").is_file() and not os.path.exists("/nonexistent")
 
@@ -83,7 +109,11 @@ def test_two_processes_train_to_the_end_without_a_home(folder):
 def test_a_machine_without_loopback_is_one_line(folder):
     done = run([*CODA, "train", str(folder / "recipe.yaml"), "name=none"], folder, up=False)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("coda: address 127.0.0.1 of this machine: Network is unreachable")
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("coda: address 127.0.0.1 of this machine: Network is unreachable")
+    )
 
 
 def test_the_doctor_finds_nothing_wrong(folder):

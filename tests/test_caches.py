@@ -35,7 +35,10 @@ def test_what_the_user_has_set_stays(temporary, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
     monkeypatch.setenv("CODA_CACHE", str(temporary / "deep" / "mine"))
     assert use_local_caches() == temporary / "deep" / "mine"
-    assert os.environ["TRITON_CACHE_DIR"] == "/elsewhere" and not (temporary / "deep" / "mine" / "triton").exists()
+    assert (
+        os.environ["TRITON_CACHE_DIR"] == "/elsewhere"
+        and not (temporary / "deep" / "mine" / "triton").exists()
+    )
     assert os.environ["NUMBA_CACHE_DIR"] == str(temporary / "deep" / "mine" / "numba")
 
 
@@ -65,13 +68,24 @@ def _of_somebody_else(path: Path) -> None:
 def test_a_folder_that_others_could_fill_is_not_used(temporary, plant):
     planted = temporary / f"coda-{os.getuid()}"
     plant(planted)
-    program = temporary / "coda"  # a command line of this name imports the package without the models
-    program.write_text("from pipeline.caches import use_local_caches; import os; print(use_local_caches(), os.environ['NUMBA_CACHE_DIR'])")
-    variables = {name: value for name, value in os.environ.items() if value} | {"TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)}
-    answer = subprocess.run([sys.executable, str(program)], env=variables, capture_output=True, text=True, check=True)
+    # a command line of this name imports the package without the models
+    program = temporary / "coda"
+    program.write_text(
+        "from pipeline.caches import use_local_caches; import os; print(use_local_caches(), os.environ['NUMBA_CACHE_DIR'])"
+    )
+    variables = {name: value for name, value in os.environ.items() if value} | {
+        "TMPDIR": str(temporary),
+        "PYTHONPATH": str(ROOT),
+    }
+    answer = subprocess.run(
+        [sys.executable, str(program)], env=variables, capture_output=True, text=True, check=True
+    )
     folder, numba = answer.stdout.split()
-    assert Path(folder).parent == temporary and folder != str(planted) and numba == f"{folder}/numba"
-    assert not Path(folder).exists()  # it goes with its process
+    assert (
+        Path(folder).parent == temporary and folder != str(planted) and numba == f"{folder}/numba"
+    )
+    # it goes with its process
+    assert not Path(folder).exists()
     assert planted.is_symlink() or planted.is_file() or not list(planted.iterdir())
 
 
@@ -85,7 +99,12 @@ def test_a_chosen_folder_that_is_unsafe_is_one_line(temporary, monkeypatch, plan
 
 
 def test_numba_keeps_what_it_compiles_there(temporary):
-    program = "import numba, pipeline.data; print(numba.config.CACHE_DIR)"  # numba first: it has looked for its folder already
-    variables = {name: value for name, value in os.environ.items() if value} | {"CODA_CACHE": str(temporary / "mine")}
-    answer = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=True)
+    # numba first: it has looked for its folder already
+    program = "import numba, pipeline.data; print(numba.config.CACHE_DIR)"
+    variables = {name: value for name, value in os.environ.items() if value} | {
+        "CODA_CACHE": str(temporary / "mine")
+    }
+    answer = subprocess.run(
+        [sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=True
+    )
     assert answer.stdout.strip() == str(temporary / "mine" / "numba")

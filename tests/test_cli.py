@@ -47,14 +47,21 @@ def images(folder, broken=None):
         for label in ("cat", "dog"):
             (folder / split / label).mkdir(parents=True)
             for index in range(3):
-                Image.new("RGB", (20, 16), (40 * index, 10, 10)).save(folder / split / label / f"{index}.png")
+                Image.new("RGB", (20, 16), (40 * index, 10, 10)).save(
+                    folder / split / label / f"{index}.png"
+                )
     if broken:
         (folder / broken).write_bytes((folder / broken).read_bytes()[:40])
     return folder
 
 
 def test_a_misspelt_key(recipe_file, capsys):
-    fails(capsys, ["train", recipe_file(), "training.epoch=1"], "training.epoch", "did you mean training.epochs?")
+    fails(
+        capsys,
+        ["train", recipe_file(), "training.epoch=1"],
+        "training.epoch",
+        "did you mean training.epochs?",
+    )
 
 
 def test_a_missing_recipe(capsys, tmp_path):
@@ -62,17 +69,28 @@ def test_a_missing_recipe(capsys, tmp_path):
 
 
 def test_a_ready_made_recipe_goes_by_its_name(capsys, tmp_path, monkeypatch):
-    assert set(recipes()) == {path.stem for path in (ROOT / "recipes").glob("*.yaml")} and shipped_folder("slurm") == ROOT / "slurm"
+    assert (
+        set(recipes()) == {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+        and shipped_folder("slurm") == ROOT / "slurm"
+    )
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "digits_resnet20").mkdir()  # a run of that name
+    # a run of that name
+    (tmp_path / "digits_resnet20").mkdir()
     assert find_recipe("digits_resnet20") == ROOT / "recipes" / "digits_resnet20.yaml"
     assert find_recipe("digits_resnet20.yaml") == Path("digits_resnet20.yaml")
     assert find_recipe("mine/digits_resnet20") == Path("mine/digits_resnet20")
     (tmp_path / "digits_coda_resnet20").write_text("name: mine\n")
     assert find_recipe("digits_coda_resnet20") == Path("digits_coda_resnet20")
     for command in ("train", "prepare", "plan", "verify", "doctor"):
-        fails(capsys, [command, "digits_resnet2O"], "digits_resnet2O", "did you mean digits_resnet20?")
-    fails(capsys, ["plan", "digits_resnet20", "training.epoch=1"], "digits_resnet20.yaml", "training.epoch")
+        fails(
+            capsys, [command, "digits_resnet2O"], "digits_resnet2O", "did you mean digits_resnet20?"
+        )
+    fails(
+        capsys,
+        ["plan", "digits_resnet20", "training.epoch=1"],
+        "digits_resnet20.yaml",
+        "training.epoch",
+    )
 
 
 def test_every_ready_made_recipe_says_what_it_is(capsys):
@@ -85,13 +103,25 @@ def test_every_ready_made_recipe_says_what_it_is(capsys):
 @pytest.mark.parametrize(
     ("number", "event"),
     [
-        *((number, "disk") for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)),
-        *((number, "mistake") for number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, None)),
+        *(
+            (number, "disk")
+            for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+        ),
+        *(
+            (number, "mistake")
+            for number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, None)
+        ),
     ],
 )
-def test_only_a_disk_that_is_full_or_failing_is_worth_another_try(number, event, capsys, tmp_path, monkeypatch):
+def test_only_a_disk_that_is_full_or_failing_is_worth_another_try(
+    number, event, capsys, tmp_path, monkeypatch
+):
     def raises():
-        raise OSError(number, "what the system says", "/a/file") if number else OSError("libx.so: cannot open shared object file")
+        raise (
+            OSError(number, "what the system says", "/a/file")
+            if number
+            else OSError("libx.so: cannot open shared object file")
+        )
 
     monkeypatch.setattr(cli, "listing", raises)
     monkeypatch.setenv("CODA_REPORTS", str(tmp_path))
@@ -100,9 +130,11 @@ def test_only_a_disk_that_is_full_or_failing_is_worth_another_try(number, event,
 
 
 NOT_UNDERSTOOD = [
-    *(OSError(number, "x") for number in (errno.EINVAL, errno.ETIMEDOUT, errno.EACCES)),  # no file has a part in it
+    # no file has a part in it
+    *(OSError(number, "x") for number in (errno.EINVAL, errno.ETIMEDOUT, errno.EACCES)),
     *(ConnectionResetError("x"), TimeoutError("x"), ValueError("x"), OSError("in words")),
-    *(requests.ConnectionError("x"), URLError("x")),  # OSErrors of the network
+    # OSErrors of the network
+    *(requests.ConnectionError("x"), URLError("x")),
 ]
 
 
@@ -126,13 +158,21 @@ def test_a_folder_that_cannot_be_made(capsys):
     ("file", "content", "said"),
     [
         ("torch.so", "no library", "torch.so"),
-        ("torch.py", "import ctypes; ctypes.CDLL('libnone.so.1')", "libnone.so.1: cannot open shared object file"),
+        (
+            "torch.py",
+            "import ctypes; ctypes.CDLL('libnone.so.1')",
+            "libnone.so.1: cannot open shared object file",
+        ),
         (
             "torch.py",
             "raise RuntimeError('operator torchvision::nms does not exist')",
             "operator torchvision::nms does not exist; `coda doctor`",
         ),
-        ("torch.py", "import nothing.of_the_kind", "needs nothing, which is not installed: pip install 'coda-pipeline[train]'"),
+        (
+            "torch.py",
+            "import nothing.of_the_kind",
+            "needs nothing, which is not installed: pip install 'coda-pipeline[train]'",
+        ),
     ],
 )
 def test_a_package_that_cannot_be_imported(file, content, said, tmp_path):
@@ -143,12 +183,22 @@ def test_a_package_that_cannot_be_imported(file, content, said, tmp_path):
     assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
     assert run.stderr.startswith("coda: `coda train` ") and said in run.stderr
     assert (tmp_path / "events-0").read_text() == "mistake 0\n"
-    shown = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment | {"CODA_TRACEBACK": "1"})
-    assert shown.returncode == 2 and shown.stderr.startswith("Traceback") and shown.stderr.endswith(run.stderr)
+    shown = subprocess.run(
+        words, capture_output=True, text=True, cwd=ROOT, env=environment | {"CODA_TRACEBACK": "1"}
+    )
+    assert (
+        shown.returncode == 2
+        and shown.stderr.startswith("Traceback")
+        and shown.stderr.endswith(run.stderr)
+    )
 
 
 def test_a_missing_data_folder(recipe_file, tmp_path, capsys):
-    fails(capsys, ["prepare", recipe_file(data__source="imagefolder", data__path=str(tmp_path / "none"))], "none")
+    fails(
+        capsys,
+        ["prepare", recipe_file(data__source="imagefolder", data__path=str(tmp_path / "none"))],
+        "none",
+    )
     assert not list((tmp_path / "data").glob("*/*.beton"))
 
 
@@ -158,8 +208,14 @@ def test_an_unknown_source(recipe_file, capsys):
 
 def test_a_broken_image(recipe_file, tmp_path, capsys):
     folder = images(tmp_path / "images", broken="train/dog/1.png")
-    fails(capsys, ["prepare", recipe_file(data__source="imagefolder", data__path=str(folder))], "dog/1.png")
-    assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file() and path.name != ".lock"]
+    fails(
+        capsys,
+        ["prepare", recipe_file(data__source="imagefolder", data__path=str(folder))],
+        "dog/1.png",
+    )
+    assert not [
+        path for path in (tmp_path / "data").rglob("*") if path.is_file() and path.name != ".lock"
+    ]
 
 
 def test_a_beton_cut_short(recipe_file, tmp_path, capsys):
@@ -194,15 +250,21 @@ def test_a_folder_that_is_no_run(command, tmp_path, capsys):
 def test_a_tar_that_is_none(recipe_file, tmp_path, capsys):
     path = tmp_path / "images.tar"
     path.write_bytes(b"no tar")
-    fails(capsys, ["prepare", recipe_file(data__source="cifar10", data__path=str(path))], "images.tar")
+    fails(
+        capsys, ["prepare", recipe_file(data__source="cifar10", data__path=str(path))], "images.tar"
+    )
     with tarfile.open(path, "w"):
         pass
-    fails(capsys, ["prepare", recipe_file(data__source="cifar10", data__path=str(path))], "images.tar")
+    fails(
+        capsys, ["prepare", recipe_file(data__source="cifar10", data__path=str(path))], "images.tar"
+    )
 
 
 def test_the_whole_way(recipe_file, prepared, tmp_path, capsys):
     path = recipe_file(
-        data__prepared=str(prepared / "data"), evaluation={"final_metrics": ["accuracy", "completeness"]}, training__epochs=1
+        data__prepared=str(prepared / "data"),
+        evaluation={"final_metrics": ["accuracy", "completeness"]},
+        training__epochs=1,
     )
     assert main(["train", path]) == 0
     table = capsys.readouterr().out
@@ -218,5 +280,7 @@ def test_the_whole_way(recipe_file, prepared, tmp_path, capsys):
 
 
 def test_the_module_is_the_command():
-    run = subprocess.run([sys.executable, "-m", "pipeline", "--help"], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "pipeline", "--help"], capture_output=True, text=True
+    )
     assert run.returncode == 0 and "prepare" in run.stdout

@@ -30,15 +30,22 @@ from pipeline.errors import UserError, report
     [
         ({}, (0, 0, 1)),
         ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}, (3, 1, 4)),
-        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}, (5, 1, 8)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 0, 1)),  # a batch script's own shell is no step
+        (
+            {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"},
+            (5, 1, 8),
+        ),
+        # a batch script's own shell is no step
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 0, 1)),
     ],
 )
 def test_ranks_of_an_environment(environment, expected):
     assert ranks(environment) == expected
 
 
-@pytest.mark.parametrize("environment", [{"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}])
+@pytest.mark.parametrize(
+    "environment",
+    [{"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}],
+)
 def test_half_an_environment_is_refused_by_name(environment):
     with pytest.raises(UserError, match="environment variable (LOCAL_RANK|RANK)"):
         ranks(environment)
@@ -60,7 +67,9 @@ def test_where_the_processes_meet(environment, expected):
     assert rendezvous(environment) == expected
 
 
-@pytest.mark.parametrize(("environment", "name"), [({}, "MASTER_ADDR"), ({"MASTER_ADDR": "host"}, "MASTER_PORT")])
+@pytest.mark.parametrize(
+    ("environment", "name"), [({}, "MASTER_ADDR"), ({"MASTER_ADDR": "host"}, "MASTER_PORT")]
+)
 def test_nowhere_to_meet_is_said_by_name(environment, name):
     with pytest.raises(UserError, match=f"environment variable {name} is not set"):
         rendezvous(environment)
@@ -74,14 +83,27 @@ def test_processes_of_torchrun_meet(tmp_path):
         "with process_group() as world:\n"
         "    sys.stdout.write(f'{world.rank} {world.size}\\n')  # at once, so that two lines do not mix\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=120)
     assert sorted(done.stdout.splitlines()) == ["0 2", "1 2"], done.stderr
 
 
 def test_one_process_may_be_all_of_a_group(monkeypatch):
     """As after ``torchrun --nproc-per-node 1``."""
-    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
+    for name, value in {
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+    }.items():
         monkeypatch.setenv(name, str(value))
     with process_group() as world:
         assert (world.rank, world.size) == (0, 1)
@@ -90,7 +112,13 @@ def test_one_process_may_be_all_of_a_group(monkeypatch):
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("n1", "n1"), ("n1,n2", "n1"), ("gpu[003-007,12],login", "gpu003"), ("a[5,7-9]-ib", "a5-ib"), ("rack-b-[10-11]", "rack-b-10")],
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu[003-007,12],login", "gpu003"),
+        ("a[5,7-9]-ib", "a5-ib"),
+        ("rack-b-[10-11]", "rack-b-10"),
+    ],
 )
 def test_the_first_of_a_list_of_nodes(nodes, first):
     assert first_node(nodes) == first
@@ -121,7 +149,8 @@ def test_a_timeout_that_is_none(monkeypatch, text):
 
 def test_reports_go_to_the_job_script(monkeypatch, tmp_path):
     monkeypatch.delenv("CODA_REPORTS", raising=False)
-    report("saved", 3)  # nobody asked
+    # nobody asked
+    report("saved", 3)
     monkeypatch.setenv("CODA_REPORTS", str(tmp_path))
     monkeypatch.setenv("SLURM_PROCID", "1")
     report("saved", 4)
@@ -139,7 +168,16 @@ def _member(rank, size, port, results):
         with pytest.raises(OSError, match="full") as failure:
             together(lambda: _fail_on(1, rank))
         gathered = gather_across_ranks(f"r{rank}")
-        results.put((rank, world.is_main, total.item(), gathered, norm.running_mean.item(), str(failure.value)))
+        results.put(
+            (
+                rank,
+                world.is_main,
+                total.item(),
+                gathered,
+                norm.running_mean.item(),
+                str(failure.value),
+            )
+        )
 
 
 def _fail_on(failing, rank):
@@ -168,8 +206,12 @@ def test_collectives_of_two_processes():
     results = get_context("forkserver").SimpleQueue()
     run_on(2, _member, results)
     seen = sorted(results.get() for _ in range(2))
-    failure = "disk of 1 is full"  # on both, so that none waits for the other
-    assert seen == [(0, True, 3.0, ["r0", "r1"], 0.5, failure), (1, False, 3.0, ["r0", "r1"], 0.5, failure)]
+    # on both, so that none waits for the other
+    failure = "disk of 1 is full"
+    assert seen == [
+        (0, True, 3.0, ["r0", "r1"], 0.5, failure),
+        (1, False, 3.0, ["r0", "r1"], 0.5, failure),
+    ]
 
 
 def test_one_process_alone_needs_no_environment():

@@ -1,4 +1,6 @@
-"""``coda doctor``: well where all is installed, and each failure found, named and answered with what mends it on such a machine."""
+"""``coda doctor``: well where all is installed, and each failure found, named and answered with
+what mends it on such a machine.
+"""
 
 import http.server
 import json
@@ -26,17 +28,26 @@ from pipeline.tracking.sender import mlflow_client
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["python", "memory", "processors", "runs folder", "/dev/shm", "caches"]
 HEAVY = [name for lane in (BASE, *LANES) for name in lane]
-PATIENT = {"CODA_DOCTOR_SECONDS": "300"}  # a busy machine shall not fail the tests
-TORCHRUN = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+# a busy machine shall not fail the tests
+PATIENT = {"CODA_DOCTOR_SECONDS": "300"}
+TORCHRUN = {
+    "RANK": "1",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "2",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}
-ONE_OF_TWO = TORCHRUN | SRUN  # the other is not there
+# the other is not there
+ONE_OF_TWO = TORCHRUN | SRUN
 MISSING = "RuntimeError: operator torchvision::nms does not exist"
 
 
 def run(*words, python=sys.executable, before=(), **variables):
     """(code, stdout, stderr) of ``coda doctor WORDS``."""
     command = [*before, str(python), "-m", "pipeline", "doctor", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -58,17 +69,29 @@ def quick(name, runs, **arguments):
 
 
 def test_all_is_well_here_without_programs_on_the_path_and_without_a_home(tmp_path):
-    """No compiler, no ninja, no git: as little as a compute node has. And as one of two processes, which must not wait for the other."""
+    """No compiler, no ninja, no git: as little as a compute node has. And as one of two processes,
+    which must not wait for the other.
+    """
     folder = tmp_path / "disk"
     folder.mkdir()
-    recipe = ["digits_resnet20", f"runs={folder}/runs", f"data.prepared={tmp_path}/data", f"tracking.uri=sqlite:///{folder}/mlflow.db"]
-    code, out, err = run(*recipe, PATH=str(tmp_path / "empty"), HOME="/proc/nowhere", **ONE_OF_TWO, **PATIENT)
+    recipe = [
+        "digits_resnet20",
+        f"runs={folder}/runs",
+        f"data.prepared={tmp_path}/data",
+        f"tracking.uri=sqlite:///{folder}/mlflow.db",
+    ]
+    code, out, err = run(
+        *recipe, PATH=str(tmp_path / "empty"), HOME="/proc/nowhere", **ONE_OF_TWO, **PATIENT
+    )
     found = states(out)
     assert (code, err) == (0, ""), out + err
     assert list(found) == [*QUICK, "data folder", *HEAVY, "tracking.uri"]
     assert {state for state, *_ in found.values()} == {"ok"}
     assert f"{folder} (" in found["runs folder"][1] and f"SQLite in {folder}" in found["mlflow"][1]
-    assert "2 processes on" in found["process group"][1] and "made an update on" in found["deepspeed"][1]
+    assert (
+        "2 processes on" in found["process group"][1]
+        and "made an update on" in found["deepspeed"][1]
+    )
     assert "3 JPEG images written, decoded and resized, right within" in found["ffcv"][1]
     assert list(folder.iterdir()) == [], "something was left in the folder of the runs"
 
@@ -76,11 +99,20 @@ def test_all_is_well_here_without_programs_on_the_path_and_without_a_home(tmp_pa
 def test_bare_environment_says_what_is_missing_and_how_to_get_it(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     start = time.monotonic()
-    code, out, err = run("digits_resnet20", python=tmp_path / "bare" / "bin" / "python", PYTHONPATH=str(ROOT), MLFLOW_TRACKING_URI="")
+    code, out, err = run(
+        "digits_resnet20",
+        python=tmp_path / "bare" / "bin" / "python",
+        PYTHONPATH=str(ROOT),
+        MLFLOW_TRACKING_URI="",
+    )
     found = states(out)
     assert (code, err) == (2, ""), out + err
     assert time.monotonic() - start < 20
-    failed = {name: (detail, remedy) for name, (state, detail, remedy) in found.items() if state == "FAILED"}
+    failed = {
+        name: (detail, remedy)
+        for name, (state, detail, remedy) in found.items()
+        if state == "FAILED"
+    }
     assert list(failed) == ["recipe", "torch", "torchvision", "timm", "deepspeed", "ffcv", "mlflow"]
     assert failed["ffcv"][0] == "the Python package ffcv is not installed"
     assert all("make setup" in remedy for _, remedy in failed.values())
@@ -91,7 +123,10 @@ def test_bare_environment_says_what_is_missing_and_how_to_get_it(tmp_path):
 def test_torchvision_of_another_torch_is_the_one_failure(tmp_path):
     package = tmp_path / "torchvision"
     package.mkdir()
-    (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")  # as the real one does
+    # as the real one does
+    (package / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')\n"
+    )
     code, out, err = run(PYTHONPATH=str(tmp_path), **PATIENT)
     found = states(out)
     assert (code, err) == (2, ""), out + err
@@ -112,7 +147,10 @@ def test_slow_machine_is_no_failure(tmp_path):
     found = states(out)
     assert code == 1, out
     assert time.monotonic() - start < 20
-    assert found["torch"][:2] == ("unknown", "no answer within the 0.1 s of all checks") and "CODA_DOCTOR_SECONDS=300" in found["torch"][2]
+    assert (
+        found["torch"][:2] == ("unknown", "no answer within the 0.1 s of all checks")
+        and "CODA_DOCTOR_SECONDS=300" in found["torch"][2]
+    )
     assert not [name for name, (state, *_) in found.items() if state == "FAILED"]
 
 
@@ -124,7 +162,8 @@ def test_time_that_is_none_is_a_mistake(monkeypatch, text):
 
 
 def test_probe_that_crashes_hangs_or_raises_leaves_the_next_one_its_turn(tmp_path):
-    program = tmp_path / "coda"  # a name for which importing the package needs no torch
+    # a name for which importing the package needs no torch
+    program = tmp_path / "coda"
     program.write_text(
         f"""
 import os, sys, time
@@ -136,10 +175,16 @@ lane += [("raise", lambda: 1 / 0), ("well", lambda: "yes")]
 worker.in_turn(1, lane, 1.0)
 """
     )
-    out = subprocess.run([sys.executable, program], stdout=subprocess.PIPE, text=True, check=True, timeout=60).stdout
+    out = subprocess.run(
+        [sys.executable, program], stdout=subprocess.PIPE, text=True, check=True, timeout=60
+    ).stdout
     assert [tuple(json.loads(line)) for line in out.splitlines()] == [
         ("crash", "FAILED", "its process died of SIGABRT"),
-        ("killed", "FAILED", "its process died of SIGKILL, which the system sends where memory is short"),
+        (
+            "killed",
+            "FAILED",
+            "its process died of SIGKILL, which the system sends where memory is short",
+        ),
         ("hang", "unknown", "no answer within 1 s"),
         ("raise", "FAILED", "ZeroDivisionError: division by zero"),
         ("well", "ok", "yes"),
@@ -178,7 +223,11 @@ def test_runs_folder_that_cannot_be_written(read_only):
 def test_file_in_place_of_the_runs_folder(tmp_path):
     (tmp_path / "file").touch()
     found = quick("runs folder", tmp_path / "file" / "runs")
-    assert found.state is State.FAILED and "NotADirectoryError" in found.detail and found.remedy.endswith("runs=FOLDER")
+    assert (
+        found.state is State.FAILED
+        and "NotADirectoryError" in found.detail
+        and found.remedy.endswith("runs=FOLDER")
+    )
 
 
 def test_full_disk(tmp_path, monkeypatch):
@@ -198,12 +247,17 @@ def test_recipe_names_the_folders(tmp_path):
     changes = [f"runs={tmp_path}/disk/runs", f"data.prepared={tmp_path}/data"]
     recipe = str(ROOT / "recipes" / "digits_resnet20.yaml")
     (tmp_path / "disk").mkdir()
-    assert f"{tmp_path}/disk (" in quick("runs folder", Path("/proc"), recipe=recipe, overrides=changes).detail
+    assert (
+        f"{tmp_path}/disk ("
+        in quick("runs folder", Path("/proc"), recipe=recipe, overrides=changes).detail
+    )
     found = quick("data folder", Path("/proc"), recipe=recipe, overrides=changes)
     assert found.state is State.OK and "digits-32 is not prepared yet" in found.detail
     (tmp_path / "data" / "digits-32").mkdir(parents=True)
     (tmp_path / "data" / "digits-32" / "manifest.json").touch()
-    assert quick("data folder", Path("/proc"), recipe=recipe, overrides=changes).detail.endswith("digits-32 is prepared")
+    assert quick("data folder", Path("/proc"), recipe=recipe, overrides=changes).detail.endswith(
+        "digits-32 is prepared"
+    )
     with pytest.raises(UserError, match="trainig"):
         doctor.main(tmp_path, recipe, ["trainig.epochs=1"])
 
@@ -215,7 +269,11 @@ def test_job_bound_to_one_processor(tmp_path):
         found = quick("processors", tmp_path)
     finally:
         os.sched_setaffinity(0, allowed)
-    assert found.state is State.FAILED and "may use 1 of" in found.detail and "--cpus-per-task" in found.remedy
+    assert (
+        found.state is State.FAILED
+        and "may use 1 of" in found.detail
+        and "--cpus-per-task" in found.remedy
+    )
 
 
 def test_machine_of_one_processor_is_no_failure(monkeypatch):
@@ -226,14 +284,24 @@ def test_machine_of_one_processor_is_no_failure(monkeypatch):
 
 @pytest.mark.parametrize(
     ("line", "file"),
-    [("0::/job", "sys/fs/cgroup/job/memory.max"), ("4:cpu,memory:/a/b", "sys/fs/cgroup/memory/a/memory.limit_in_bytes")],
+    [
+        ("0::/job", "sys/fs/cgroup/job/memory.max"),
+        ("4:cpu,memory:/a/b", "sys/fs/cgroup/memory/a/memory.limit_in_bytes"),
+    ],
     ids=["version 2", "version 1, of a group above"],
 )
 def test_memory_limit_of_a_job(tmp_path, line, file):
-    for name, text in {"proc/meminfo": "MemAvailable: 64000000 kB\n", "proc/self/cgroup": f"{line}\n", file: "3000000000\n"}.items():
+    for name, text in {
+        "proc/meminfo": "MemAvailable: 64000000 kB\n",
+        "proc/self/cgroup": f"{line}\n",
+        file: "3000000000\n",
+    }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert machine.memory(tmp_path) == "65.5 GB available, of which this job or container may use 3.0 GB"
+    assert (
+        machine.memory(tmp_path)
+        == "65.5 GB available, of which this job or container may use 3.0 GB"
+    )
     (tmp_path / file).write_text("1000000000\n")
     with pytest.raises(MemoryError, match="1.0 GB, fewer than the 2 GB"):
         machine.memory(tmp_path)
@@ -247,9 +315,14 @@ def in_mounts(commands, program, folder):
         pytest.skip("needs root that may mount")
     script = f"mount -t tmpfs -o mode=700 none {folder}\n{commands}\nexec {sys.executable} $0"
     source = folder.parent / "coda"
-    source.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pipeline.doctor import machine\n{program}\n")
+    source.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pipeline.doctor import machine\n{program}\n"
+    )
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-ec", script, source], capture_output=True, text=True, env=os.environ | {"CODA_CACHE": ""}
+        ["unshare", "-m", "sh", "-ec", script, source],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CODA_CACHE": ""},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -265,7 +338,11 @@ except Exception as error:
 
 def test_caches_on_a_read_only_disk(tmp_path):
     (tmp_path / "disk").mkdir()
-    found = in_mounts(f"mount -o remount,ro {tmp_path}/disk; export CODA_CACHE={tmp_path}/disk/caches", CACHES, tmp_path / "disk")
+    found = in_mounts(
+        f"mount -o remount,ro {tmp_path}/disk; export CODA_CACHE={tmp_path}/disk/caches",
+        CACHES,
+        tmp_path / "disk",
+    )
     assert "CODA_CACHE" in found and "Read-only file system" in found
 
 
@@ -274,14 +351,24 @@ def test_caches_from_which_no_code_can_be_loaded_are_a_failure_only_with_a_gpu(t
     (tmp_path / "disk").mkdir()
     mounted = f"mount -o remount,noexec {tmp_path}/disk; export CODA_CACHE={tmp_path}/disk/caches"
     found = in_mounts(mounted, CACHES, tmp_path / "disk")
-    assert "is writable" in found and "noexec" in found and found.endswith("with a GPU set CODA_CACHE to a folder elsewhere")
-    found = in_mounts(f"{mounted}; mount -t tmpfs none /dev; touch /dev/nvidia0 /dev/null", CACHES, tmp_path / "disk")
+    assert (
+        "is writable" in found
+        and "noexec" in found
+        and found.endswith("with a GPU set CODA_CACHE to a folder elsewhere")
+    )
+    found = in_mounts(
+        f"{mounted}; mount -t tmpfs none /dev; touch /dev/nvidia0 /dev/null",
+        CACHES,
+        tmp_path / "disk",
+    )
     assert found.startswith("PermissionError:") and "noexec" in found
 
 
 @contextmanager
 def server(status):
-    """Address of a server that answers everything with ``status``; with None it takes connections and says nothing."""
+    """Address of a server that answers everything with ``status``; with None it takes connections
+    and says nothing.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -314,7 +401,8 @@ def track(monkeypatch):
     """An address -> what the tracking check says, in two seconds at most."""
     monkeypatch.setattr(probes, "ADDRESS_SECONDS", 2)
     for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
-        monkeypatch.setenv(name, "7")  # restored afterwards
+        # restored afterwards
+        monkeypatch.setenv(name, "7")
 
     def track(uri, name="tracking.uri"):
         start = time.monotonic()
@@ -325,7 +413,8 @@ def track(monkeypatch):
         finally:
             assert time.monotonic() - start < 20
 
-    mlflow_client("http://127.0.0.1:1")  # imports MLflow, which is not to be timed
+    # imports MLflow, which is not to be timed
+    mlflow_client("http://127.0.0.1:1")
     return track
 
 
@@ -333,7 +422,12 @@ REMEDY = remedies.remedies(Surroundings())
 
 
 @pytest.mark.parametrize(
-    ("status", "words", "remedy"), [(403, "403", "MLFLOW_TRACKING_USERNAME"), (500, "500", "coda serve"), (None, "timed out", "coda serve")]
+    ("status", "words", "remedy"),
+    [
+        (403, "403", "MLFLOW_TRACKING_USERNAME"),
+        (500, "500", "coda serve"),
+        (None, "timed out", "coda serve"),
+    ],
 )
 def test_tracking_server_that_refuses_fails_or_hangs(track, status, words, remedy):
     with server(status) as address:
@@ -355,7 +449,12 @@ def test_something_else_than_mlflow_answers(track):
 
 @pytest.mark.parametrize("name", ["tracking.uri", "MLFLOW_TRACKING_URI"])
 @pytest.mark.parametrize(
-    "uri", ["http://me:hunter/2@127.0.0.1:1", "http://me:hunter%202@127.0.0.1:1", "postgresql+psycopg://me:hunter2@127.0.0.1:1/x"]
+    "uri",
+    [
+        "http://me:hunter/2@127.0.0.1:1",
+        "http://me:hunter%202@127.0.0.1:1",
+        "postgresql+psycopg://me:hunter2@127.0.0.1:1/x",
+    ],
 )
 def test_no_password_is_printed(track, uri, name):
     found = track(uri, name)
@@ -363,7 +462,9 @@ def test_no_password_is_printed(track, uri, name):
 
 
 def test_sqlite_address(track, tmp_path):
-    assert track(f"sqlite:///{tmp_path}/new/mlflow.db").startswith(f"ok: sqlite file {tmp_path}/new/mlflow.db: {tmp_path} (")
+    assert track(f"sqlite:///{tmp_path}/new/mlflow.db").startswith(
+        f"ok: sqlite file {tmp_path}/new/mlflow.db: {tmp_path} ("
+    )
     assert not (tmp_path / "new").exists()
     assert "sqlite" in REMEDY("tracking.uri", f"sqlite:///{tmp_path}")
     assert "Error" in track("sqlite:////proc/mlflow.db")
@@ -380,7 +481,9 @@ def test_mlflows_variable_is_looked_at_and_said_to_be_unread(track, tmp_path, mo
     assert track(f"sqlite:///{tmp_path}/mlflow.db", "MLFLOW_TRACKING_URI").endswith(
         "trainings do not read this variable: recipes have tracking.uri"
     )
-    assert track("databricks", "MLFLOW_TRACKING_URI").startswith("ok: 'databricks' is no address that is tried here")
+    assert track("databricks", "MLFLOW_TRACKING_URI").startswith(
+        "ok: 'databricks' is no address that is tried here"
+    )
     assert machine.tracking_variable() == {}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
     assert machine.tracking_variable() == {"MLFLOW_TRACKING_URI": "http://server:5000"}
@@ -399,12 +502,37 @@ MACHINES = {
     ("kind", "name", "detail", "expected"),
     [
         ("root on Debian", "ffcv", "the Python package ffcv is not installed", "make setup"),
-        ("user", "ffcv", "the Python package ffcv is not installed", r"pip install 'coda-pipeline\[train\]'"),
+        (
+            "user",
+            "ffcv",
+            "the Python package ffcv is not installed",
+            r"pip install 'coda-pipeline\[train\]'",
+        ),
         ("container", "ffcv", "the Python package ffcv is not installed", "container's image"),
-        ("root on Debian", "ffcv", "ImportError: libGL.so.1: cannot open shared object file: No such", "apt-get install libgl1"),
-        ("login node", "ffcv", "ImportError: libstdc++.so.6: cannot open shared object file: No such", r"module spider libstdc\+\+"),
-        ("container", "ffcv", "ImportError: libGL.so.1: cannot open shared object file: No such", "libGL.so.1 into the container"),
-        ("user", "ffcv", "ImportError: libGL.so.1: cannot open shared object file: No such", "without root"),
+        (
+            "root on Debian",
+            "ffcv",
+            "ImportError: libGL.so.1: cannot open shared object file: No such",
+            "apt-get install libgl1",
+        ),
+        (
+            "login node",
+            "ffcv",
+            "ImportError: libstdc++.so.6: cannot open shared object file: No such",
+            r"module spider libstdc\+\+",
+        ),
+        (
+            "container",
+            "ffcv",
+            "ImportError: libGL.so.1: cannot open shared object file: No such",
+            "libGL.so.1 into the container",
+        ),
+        (
+            "user",
+            "ffcv",
+            "ImportError: libGL.so.1: cannot open shared object file: No such",
+            "without root",
+        ),
         ("root on Debian", "python", "", "apt-get install python3.11"),
         ("login node", "python", "", "module avail python"),
         ("user", "python", "", "in your own folder"),
@@ -412,7 +540,12 @@ MACHINES = {
         ("apptainer in a job", "/dev/shm", "", "--contain"),
         ("container", "gpu", "", "--gpus all"),
         ("apptainer in a job", "gpu", "", "--nv"),
-        ("root on Debian", "kernels", "RuntimeError: Failed to find C compiler", "apt-get install gcc"),
+        (
+            "root on Debian",
+            "kernels",
+            "RuntimeError: Failed to find C compiler",
+            "apt-get install gcc",
+        ),
         ("login node", "kernels", "RuntimeError: Failed to find C compiler", "module load gcc"),
         ("user", "deepspeed", "UserError: the loopback interface must be up", "getent hosts"),
     ],
@@ -424,7 +557,13 @@ def test_remedies_fit_the_machine(kind, name, detail, expected):
 
 
 def test_kind_of_machine_is_seen(tmp_path, monkeypatch):
-    for name in ("MODULEPATH", "LMOD_CMD", "APPTAINER_CONTAINER", "SINGULARITY_CONTAINER", "SLURM_JOB_ID"):
+    for name in (
+        "MODULEPATH",
+        "LMOD_CMD",
+        "APPTAINER_CONTAINER",
+        "SINGULARITY_CONTAINER",
+        "SLURM_JOB_ID",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert remedies.surroundings(tmp_path, tmp_path) == Surroundings()
@@ -435,9 +574,12 @@ def test_kind_of_machine_is_seen(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     monkeypatch.setattr(os, "getuid", lambda: 0)
     found = remedies.surroundings(tmp_path, ROOT)
-    assert found == Surroundings(apt="apt-get install", modules=True, container="docker", checkout=True, slurm=True)
+    assert found == Surroundings(
+        apt="apt-get install", modules=True, container="docker", checkout=True, slurm=True
+    )
     monkeypatch.setattr(os, "getuid", lambda: 1000)
-    assert remedies.surroundings(tmp_path).apt == ""  # neither root nor sudo
+    # neither root nor sudo
+    assert remedies.surroundings(tmp_path).apt == ""
     (tmp_path / "sudo").write_text("")
     (tmp_path / "sudo").chmod(0o755)
     assert remedies.surroundings(tmp_path).apt == "sudo apt-get install"

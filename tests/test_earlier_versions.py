@@ -45,7 +45,8 @@ def test_a_run_that_was_stopped_ends_as_its_twin_did(earlier):
     assert len(log) == 30 and losses("stopped") == pytest.approx(log, rel=1e-4)
     finished, resumed = weights("finished"), weights("stopped")
     assert finished.keys() == resumed.keys()
-    for name, weight in finished.items():  # bitwise only on a processor like the one it was made on
+    # bitwise only on a processor like the one it was made on
+    for name, weight in finished.items():
         torch.testing.assert_close(resumed[name], weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -56,7 +57,8 @@ def test_prepared_data_is_whole(earlier, capsys):
 
 def test_a_finished_run_is_evaluated_compared_and_sent(earlier, capsys):
     before = Path("runs/finished/evaluation.json").read_text()
-    assert main(["evaluate", "runs/finished"]) == 0  # all of it is in the store of results
+    # all of it is in the store of results
+    assert main(["evaluate", "runs/finished"]) == 0
     assert Path("runs/finished/evaluation.json").read_text() == before
     assert main(["sync", "runs"]) == 0
     client = mlflow.MlflowClient(f"sqlite:///{earlier}/runs/mlflow.db")

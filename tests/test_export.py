@@ -28,7 +28,12 @@ for folder in sys.argv[1:]:
 
 def test_timm_loads_exports_without_the_training_libraries(tmp_path):
     torch.manual_seed(0)
-    models = {"coda_s": {"rank": 3, "temperature": 77.0}, "coda_resnet20": {"conv_stages": 1}, "resnet20": {}, "resnet18": {}}
+    models = {
+        "coda_s": {"rank": 3, "temperature": 77.0},
+        "coda_resnet20": {"conv_stages": 1},
+        "resnet20": {},
+        "resnet18": {},
+    }
     folders, exported, images = [tmp_path / name for name in models], [], torch.rand(2, 3, 32, 32)
     for folder, (name, args) in zip(folders, models.items(), strict=True):
         recipe = small_recipe(folder, model__name=name, model__args=args)
@@ -40,7 +45,9 @@ def test_timm_loads_exports_without_the_training_libraries(tmp_path):
         assert torch.equal(torch.load(folder / "logits.pt"), model(images)), folder
         again = load_export(folder / "export")
         assert again.pretrained_cfg["label_names"] == [f"class {i}" for i in range(7)]
-        assert getattr(again, "temperature", 1.0) == args.get("temperature", getattr(model, "temperature", 1.0))
+        assert getattr(again, "temperature", 1.0) == args.get(
+            "temperature", getattr(model, "temperature", 1.0)
+        )
 
 
 def test_an_export_replaces_an_older_one_and_leaves_nothing_else(tmp_path):
@@ -50,7 +57,10 @@ def test_an_export_replaces_an_older_one_and_leaves_nothing_else(tmp_path):
         model = build_model(recipe.model, 10)
         export(model, recipe, range(10), tmp_path / "export")
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
-    assert torch.equal(load_export(tmp_path / "export").get_classifier().up_weight, model.get_classifier().up_weight)
+    assert torch.equal(
+        load_export(tmp_path / "export").get_classifier().up_weight,
+        model.get_classifier().up_weight,
+    )
 
 
 def test_missing_and_damaged_exports_are_one_line(tmp_path, capsys):
@@ -74,20 +84,25 @@ def test_missing_and_damaged_exports_are_one_line(tmp_path, capsys):
         ({"architecture": "coda_sx"}, "coda_sx"),
         ({"num_classes": 7}, "10 of 7 classes"),
         ({"model_args": [1]}, "model_args"),
-        ({"model_args": {}}, "size mismatch"),  # of another rank
+        # of another rank
+        ({"model_args": {}}, "size mismatch"),
     ],
 )
 def test_a_damaged_description_is_one_line(tmp_path, change, said):
     recipe = small_recipe(tmp_path)
     export(build_model(recipe.model, 10), recipe, range(10), tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change) if isinstance(change, dict) else change)
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | change) if isinstance(change, dict) else change
+    )
     with pytest.raises(UserError, match=said) as error:
         load_export(tmp_path)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("error", [TypeError("ours"), torch.OutOfMemoryError("CUDA out of memory")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [TypeError("ours"), torch.OutOfMemoryError("CUDA out of memory")], ids=repr
+)
 def test_what_is_not_the_models_fault_is_raised(tmp_path, monkeypatch, error):
     def create_model(*_, **__):
         raise error
@@ -101,7 +116,10 @@ def test_what_is_not_the_models_fault_is_raised(tmp_path, monkeypatch, error):
         build_model(recipe.model, 10)
 
 
-@pytest.mark.parametrize("args", [{"rank": "three"}, {"rank": 0}, {"temperature": "hot"}, {"coda_width": 1.5}, {"ranks": 3}])
+@pytest.mark.parametrize(
+    "args",
+    [{"rank": "three"}, {"rank": 0}, {"temperature": "hot"}, {"coda_width": 1.5}, {"ranks": 3}],
+)
 @pytest.mark.parametrize("name", ["coda_s", "coda_resnet20"])
 def test_arguments_that_a_model_refuses_are_one_line(name, args):
     with pytest.raises(UserError, match=next(iter(args))):

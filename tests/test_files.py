@@ -32,7 +32,8 @@ def mounts(tmp_path, monkeypatch):
         ("/homework", "overlay", False),
         ("/home/me/runs", "nfs4", True),
         ("/home/local/runs", "ext4", False),
-        ("/scratch/me", "wekafs", True),  # the later of two mounts at one point hides the earlier
+        # the later of two mounts at one point hides the earlier
+        ("/scratch/me", "wekafs", True),
         ("/mnt/two words\\x/runs", "nfs", True),
         ("/mnt/ssh", "fuse.sshfs", True),
         ("/mnt/ntfs", "fuseblk", False),
@@ -45,7 +46,9 @@ def test_the_nearest_mount_decides(mounts, folder, kind, network):
     assert network_file_system(folder) == (kind if network else None)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\n", b"proc /proc proc rw 0 0\n", b"\xff\xfe / \n", b"a b\n"])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"\n", b"proc /proc proc rw 0 0\n", b"\xff\xfe / \n", b"a b\n"]
+)
 def test_a_chroot_without_its_root_is_unknown(mounts, tmp_path, content):
     if content is not None:
         mounts.write_bytes(content)

@@ -1,4 +1,6 @@
-"""Every ready-made recipe says what it must, is planned, and takes three real steps at its own resolution on small pictures."""
+"""Every ready-made recipe says what it must, is planned, and takes three real steps at its own
+resolution on small pictures.
+"""
 
 import re
 from pathlib import Path
@@ -16,15 +18,23 @@ from pipeline.training.loop import Run
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
 STEPS = 3
-FIXED = ("digits", "cifar10", "tinyimagenet")  # sources whose images are stored at the model's size
-AFFORDABLE = {"coda_l": ["model.args.rank=2"], "coda_xl": ["model.args.rank=4"], "coda_s": ["model.args.rank=4"]}  # at their own sizes
+# sources whose images are stored at the model's size
+FIXED = ("digits", "cifar10", "tinyimagenet")
+# at their own sizes
+AFFORDABLE = {
+    "coda_l": ["model.args.rank=2"],
+    "coda_xl": ["model.args.rank=4"],
+    "coda_s": ["model.args.rank=4"],
+}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_header_says_source_command_expectation_and_cost(path):
     header = re.match(r"(#.*\n)+", path.read_text()).group()
     for word in ("Source:|Paper:", "Command:", "Expected:", "Cost:"):
-        assert re.search(f"^# ({word}) +[^ \n]", header, re.MULTILINE), f"{path.name} has no line {word}"
+        assert re.search(f"^# ({word}) +[^ \n]", header, re.MULTILINE), (
+            f"{path.name} has no line {word}"
+        )
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -37,13 +47,20 @@ def test_the_recipe_is_planned(path):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Overrides of a recipe that give it a few pictures, prepared once for each way of storing them."""
+    """Overrides of a recipe that give it a few pictures, prepared once for each way of storing
+    them.
+    """
     folder = tmp_path_factory.mktemp("pictures")
     write_images(folder / "small", train=4, val=2, test=2)
 
     def overrides(recipe):
         source = "cifar10" if recipe.data.source in FIXED else "imagefolder"
-        changed = [f"data.source={source}", f"data.path={folder / 'small'}", f"data.prepared={folder}", "data.workers=1"]
+        changed = [
+            f"data.source={source}",
+            f"data.path={folder / 'small'}",
+            f"data.prepared={folder}",
+            "data.workers=1",
+        ]
         small = load_again(recipe, changed)
         if not small.data.folder.exists():
             prepare(small)
@@ -61,7 +78,12 @@ def load_again(recipe, overrides):
 def test_the_recipe_takes_three_steps(path, pictures, tmp_path):
     recipe = load(path)
     batch = 4 if recipe.data.image_size <= 64 else 2
-    small = [f"training.global_batch_size={batch}", "training.precision=fp32", f"runs={tmp_path}", "evaluation.batch_size=2"]
+    small = [
+        f"training.global_batch_size={batch}",
+        "training.precision=fp32",
+        f"runs={tmp_path}",
+        "evaluation.batch_size=2",
+    ]
     recipe = load(path, [*small, *pictures(recipe), *AFFORDABLE.get(recipe.model.name, [])])
     with process_group() as world:
         run = Run(recipe, world)
@@ -74,5 +96,8 @@ def test_the_recipe_takes_three_steps(path, pictures, tmp_path):
                 while run.updates < min(STEPS, (epoch + 1) * run.updates_per_epoch):
                     assert torch.isfinite(run._update(batches))
                     run.updates += 1
-        moved = [not torch.equal(old, new) for old, new in zip(before, run.engine.module.parameters(), strict=True)]
+        moved = [
+            not torch.equal(old, new)
+            for old, new in zip(before, run.engine.module.parameters(), strict=True)
+        ]
     assert all(moved), f"{moved.count(False)} of {len(moved)} parameters stood still"

@@ -1,4 +1,6 @@
-"""Recipes: every ready-made one loads, and every mistake gets one line that names the field and the remedy."""
+"""Recipes: every ready-made one loads, and every mistake gets one line that names the field and the
+remedy.
+"""
 
 import dataclasses
 from dataclasses import dataclass, replace
@@ -16,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "recipes" / "digits_coda_resnet20.yaml"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_ready_made_recipes_load_and_survive_a_round_trip(path):
     recipe = load(path)
     assert recipe.name == path.stem
@@ -24,7 +28,9 @@ def test_ready_made_recipes_load_and_survive_a_round_trip(path):
     assert f"coda train recipes/{path.name}" in path.read_text()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_one_epoch_works_on_every_recipe(path, caplog):
     training, stated = load(path, ["training.epochs=1"]).training, load(path).training
     assert training.epochs == 1 and training.warmup_epochs < 1
@@ -41,14 +47,17 @@ def test_one_epoch_works_on_every_recipe(path, caplog):
 @pytest.mark.parametrize(
     ("overrides", "warmup", "said"),
     [
-        (["training.epochs=2"], 0.13, True),  # of 2 in 30 epochs: it would have filled both
+        # of 2 in 30 epochs: it would have filled both
+        (["training.epochs=2"], 0.13, True),
         (["training.epochs=3"], 2, False),
         (["training.epochs=90"], 2, False),
         (["training.epochs=2", "training.warmup_epochs=2"], 2, False),
         (["training.warmup_epochs=0", "training.epochs=1"], 0, False),
     ],
 )
-def test_a_warm_up_that_no_longer_fits_keeps_its_share(overrides, warmup, said, caplog, monkeypatch):
+def test_a_warm_up_that_no_longer_fits_keeps_its_share(
+    overrides, warmup, said, caplog, monkeypatch
+):
     recipe = load(DIGITS, overrides)
     assert recipe.training.warmup_epochs == warmup and bool(caplog.messages) == said
     caplog.clear()
@@ -69,8 +78,22 @@ def test_a_stated_warm_up_that_does_not_fit_is_refused_with_what_would():
 
 
 def test_overrides_reach_every_level():
-    recipe = load(DIGITS, ["seed=3", "training.learning_rate=1e-3", "model.args.rank=4", "data.path=null", "training.epochs=7"])
-    assert (recipe.seed, recipe.training.learning_rate, recipe.model.args["rank"], recipe.data.path) == (3, 1e-3, 4, None)
+    recipe = load(
+        DIGITS,
+        [
+            "seed=3",
+            "training.learning_rate=1e-3",
+            "model.args.rank=4",
+            "data.path=null",
+            "training.epochs=7",
+        ],
+    )
+    assert (
+        recipe.seed,
+        recipe.training.learning_rate,
+        recipe.model.args["rank"],
+        recipe.data.path,
+    ) == (3, 1e-3, 4, None)
     assert recipe.training.epochs == 7
 
 
@@ -88,7 +111,10 @@ def test_overrides_reach_every_level():
         ("data.rand_augment_magnitude=31", "between 0 and 30"),
         ("data.eval_size=0", "data.eval_size is 0; it must be at least 1"),
         ("data.cutmix_alpha=-1", "data.cutmix_alpha is -1.0; it must be 0"),
-        ("data.progressive={start_size: 48}", "data.progressive.start_size is 48; it must be between 1 and data.image_size"),
+        (
+            "data.progressive={start_size: 48}",
+            "data.progressive.start_size is 48; it must be between 1 and data.image_size",
+        ),
         ("data.progressive={until: 0.5}", "data.progressive.start_size is missing"),
         ("training.learning_rate=.nan", "positive and finite"),
         ("training.warmup_epochs=1000", "between 0 and epochs"),
@@ -108,7 +134,10 @@ def test_mistakes_are_one_clear_line(override, message):
 
 
 def test_muon_needs_whole_matrices():
-    with pytest.raises(UserError, match="training.optimizer is 'muon'; it must be another where training.zero_stage is not 0"):
+    with pytest.raises(
+        UserError,
+        match="training.optimizer is 'muon'; it must be another where training.zero_stage is not 0",
+    ):
         load(DIGITS, ["training.optimizer=muon", "training.zero_stage=1"])
 
 
@@ -143,7 +172,15 @@ def test_the_global_batch_is_the_same_for_every_world_size():
 
 def test_only_what_decides_the_weights_identifies_a_run():
     recipe = load(DIGITS)
-    elsewhere = load(DIGITS, ["data.workers=1", "runs=/elsewhere", "evaluation.grids=7", "tracking.uri=http://localhost:1"])
+    elsewhere = load(
+        DIGITS,
+        [
+            "data.workers=1",
+            "runs=/elsewhere",
+            "evaluation.grids=7",
+            "tracking.uri=http://localhost:1",
+        ],
+    )
     assert recipe.identity() == elsewhere.identity()
     assert recipe.identity() != dataclasses.replace(recipe, seed=9).identity()
 

@@ -1,7 +1,9 @@
-"""What a writer has finished, so that the same command continues after any end, kill -9 and power failure included.
+"""What a writer has finished, so that the same command continues after any end, kill -9 and power
+failure included.
 
-One line per chunk of images, in their order, is appended after the chunk's bytes are on the disk: a hash of the line, and JSON. The
-first line names what is written: a journal of something else is worth nothing.
+One line per chunk of images, in their order, is appended after the chunk's bytes are on the disk: a
+hash of the line, and JSON. The first line names what is written: a journal of something else is
+worth nothing.
 """
 
 import base64
@@ -22,27 +24,37 @@ from pipeline.files import sync
 class Chunk:
     """Consecutive images of the source."""
 
-    begin: int  # address in the .beton file, padding before the first image included
+    begin: int
+    """Address in the .beton file, padding before the first image included."""
     end: int
     images: np.ndarray  # (N,) STORED
-    broken: tuple[tuple[int, str], ...]  # number in the source and error of those left out
-    xxh64: str  # of the bytes from begin to end
+    broken: tuple[tuple[int, str], ...]
+    """Number in the source and error of those left out."""
+    xxh64: str
+    """Of the bytes from begin to end."""
 
 
 class Journal:
     """The finished chunks of the .beton file ``data``.
 
     Attributes:
-        chunks: those that an earlier process has finished; none if it wrote something other than ``identity``.
+        chunks: those that an earlier process has finished; none if it wrote something other than
+            ``identity``.
         foreign: whether it did.
     """
 
     def __init__(self, data: Path, identity: str):
         self.path, self.data = data.with_name(f"{data.name}.journal"), data
         head = json.dumps({"identity": identity}).encode() + b"\n"
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() and data.is_file() else []
+        lines = (
+            self.path.read_bytes().splitlines(keepends=True)
+            if self.path.is_file() and data.is_file()
+            else []
+        )
         self.foreign = bool(lines) and lines[0] != head
-        self.chunks = list(_chunks(lines[1:], data.stat().st_size)) if lines and not self.foreign else []
+        self.chunks = (
+            list(_chunks(lines[1:], data.stat().st_size)) if lines and not self.foreign else []
+        )
         if self.chunks:
             os.truncate(self.path, sum(map(len, lines[: 1 + len(self.chunks)])))
         else:
@@ -62,12 +74,16 @@ class Journal:
 
 
 def _line(chunk: Chunk) -> bytes:
-    text = json.dumps({**vars(chunk), "images": base64.b64encode(chunk.images.tobytes()).decode()}).encode()
+    text = json.dumps(
+        {**vars(chunk), "images": base64.b64encode(chunk.images.tobytes()).decode()}
+    ).encode()
     return xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n"
 
 
 def _chunks(lines: Sequence[bytes], size: int) -> Iterator[Chunk]:
-    """The chunks of the ``lines`` up to the first that is damaged, such as one cut off, or names more than ``size`` bytes."""
+    """The chunks of the ``lines`` up to the first that is damaged, such as one cut off, or names
+    more than ``size`` bytes.
+    """
     for line in lines:
         digest, _, text = line.partition(b" ")
         if not line.endswith(b"\n") or xxhash.xxh3_64_hexdigest(text[:-1]).encode() != digest:
@@ -76,4 +92,6 @@ def _chunks(lines: Sequence[bytes], size: int) -> Iterator[Chunk]:
         if tree["end"] > size:
             return
         tree["images"] = np.frombuffer(base64.b64decode(tree["images"]), STORED)
-        yield Chunk(**{**tree, "broken": tuple((index, reason) for index, reason in tree["broken"])})
+        yield Chunk(
+            **{**tree, "broken": tuple((index, reason) for index, reason in tree["broken"])}
+        )

@@ -1,7 +1,9 @@
-"""Processes that decode, resize, encode and store chunks of images, and the one that gives each chunk its place in the file.
+"""Processes that decode, resize, encode and store chunks of images, and the one that gives each
+chunk its place in the file.
 
-A chunk's place follows from the chunks before it, so that the file is the same for any number of processes; each process is one chunk
-ahead of its place and does not wait. FFCV's own writer waits for ever when an image is broken or a process dies; this one ends.
+A chunk's place follows from the chunks before it, so that the file is the same for any number of
+processes; each process is one chunk ahead of its place and does not wait. FFCV's own writer waits
+for ever when an image is broken or a process dies; this one ends.
 """
 
 import ctypes
@@ -34,17 +36,21 @@ from pipeline.errors import UserError
 from pipeline.images import BrokenImage
 from pipeline.recipe.schema import DataRecipe
 
-SYNC_SECONDS = 1  # at most so much work is lost when the machine fails
-NOT_THE_IMAGE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors of the machine
+# at most so much work is lost when the machine fails
+SYNC_SECONDS = 1
+# errors of the machine
+NOT_THE_IMAGE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 PR_SET_PDEATHSIG = 1
-FORK = multiprocessing.get_context("fork")  # writer processes share the source with this one
+# writer processes share the source with this one
+FORK = multiprocessing.get_context("fork")
 
 
 class Encoded(NamedTuple):
     """A chunk without its place; its images' bytes stay with the process that has made it."""
 
     number: int
-    images: np.ndarray  # (N,) beton.STORED, no data_ptr yet
+    images: np.ndarray
+    """(N,) beton.STORED, no data_ptr yet."""
     broken: tuple[tuple[int, str], ...]
 
 
@@ -63,8 +69,11 @@ class Stored(NamedTuple):
     xxh64: str
 
 
-def write_chunks(path: Path, journal: Journal, split: Split, data: DataRecipe, page: int, name: str) -> None:
-    """Write all chunks of ``split`` to ``path`` that are not in ``journal`` yet, and note them there.
+def write_chunks(
+    path: Path, journal: Journal, split: Split, data: DataRecipe, page: int, name: str
+) -> None:
+    """Write all chunks of ``split`` to ``path`` that are not in ``journal`` yet, and note them
+    there.
 
     Raises:
         UserError: an image is broken and ``data.broken_images`` is fail; a process was killed.
@@ -79,10 +88,15 @@ def write_chunks(path: Path, journal: Journal, split: Split, data: DataRecipe, p
     try:
         for _ in range(min(threads(data.workers), chunks)):
             ours, theirs = FORK.Pipe()
-            processes[ours] = FORK.Process(target=_work, args=(os.getpid(), theirs, path, split, data, counter, chunks))
+            processes[ours] = FORK.Process(
+                target=_work, args=(os.getpid(), theirs, path, split, data, counter, chunks)
+            )
             processes[ours].start()
-            theirs.close()  # before the next process is made: only the one that it belongs to keeps it open
-        with tqdm(total=len(split), initial=writing.images, desc=f"writing {name}", unit="image") as bar:
+            # before the next process is made: only the one that it belongs to keeps it open
+            theirs.close()
+        with tqdm(
+            total=len(split), initial=writing.images, desc=f"writing {name}", unit="image"
+        ) as bar:
             for connection, message in _messages(processes, path):
                 writing.take(connection, message)
                 bar.update(writing.images - bar.n)
@@ -107,9 +121,11 @@ class _Writing:
         self.chunk_size, self.fatal = data.chunk_size, data.broken_images == "fail"
         self.first = beton.first_page(len(split), page)
         self.end = journal.chunks[-1].end if journal.chunks else self.first
-        self.placed = self.committed = len(journal.chunks)  # numbers of the next chunks to place and to note
+        # numbers of the next chunks to place and to note
+        self.placed = self.committed = len(journal.chunks)
         self.images = sum(len(chunk.images) + len(chunk.broken) for chunk in journal.chunks)
-        self.waiting: dict[int, tuple[Connection, Encoded]] = {}  # encoded before the chunks in front of them
+        # encoded before the chunks in front of them
+        self.waiting: dict[int, tuple[Connection, Encoded]] = {}
         self.writing: dict[int, Chunk] = {}
         self.written: dict[int, Chunk] = {}
         self.synced = time.monotonic()
@@ -127,9 +143,13 @@ class _Writing:
                 self._place(*self.waiting.pop(self.placed))
         else:
             chunk = self.writing.pop(message.number)
-            self.written[message.number] = Chunk(chunk.begin, chunk.end, chunk.images, chunk.broken, message.xxh64)
+            self.written[message.number] = Chunk(
+                chunk.begin, chunk.end, chunk.images, chunk.broken, message.xxh64
+            )
             self.images += len(chunk.images) + len(chunk.broken)
-            if time.monotonic() - self.synced > SYNC_SECONDS and (self.syncing is None or self.syncing.done()):
+            if time.monotonic() - self.synced > SYNC_SECONDS and (
+                self.syncing is None or self.syncing.done()
+            ):
                 self._commit()
 
     def size(self, total: int) -> str:
@@ -147,7 +167,11 @@ class _Writing:
             tqdm.write(f"{self.split.describe(index)}: {reason}", file=sys.stderr)
         if message.broken and self.fatal:
             index, reason = message.broken[0]
-            more = f" (and {len(message.broken) - 1} more, listed above)" if len(message.broken) > 1 else ""
+            more = (
+                f" (and {len(message.broken) - 1} more, listed above)"
+                if len(message.broken) > 1
+                else ""
+            )
             raise UserError(
                 f"{self.split.describe(index)}: is not a readable image: {reason}{more}; repair it, or leave such images out with "
                 "data.broken_images=skip: the same command then continues"
@@ -157,7 +181,8 @@ class _Writing:
         addresses, end = beton.place(self.end, encoded.images["size"], self.page)
         encoded.images["data_ptr"] = addresses
         self.writing[encoded.number] = Chunk(self.end, end, encoded.images, encoded.broken, "")
-        with suppress(BrokenPipeError, ConnectionResetError):  # it has just died, and its end of the pipe will say so
+        # it has just died, and its end of the pipe will say so
+        with suppress(BrokenPipeError, ConnectionResetError):
             connection.send(Place(self.end, addresses, end))
         self.end, self.placed = end, self.placed + 1
 
@@ -173,7 +198,9 @@ class _Writing:
         self.syncing = self.thread.submit(self.journal.commit, finished)
 
 
-def _messages(processes: dict[Connection, ForkProcess], path: Path) -> Iterator[tuple[Connection, Any]]:
+def _messages(
+    processes: dict[Connection, ForkProcess], path: Path
+) -> Iterator[tuple[Connection, Any]]:
     """Everything that the processes say, until all have ended.
 
     Raises:
@@ -191,7 +218,9 @@ def _messages(processes: dict[Connection, ForkProcess], path: Path) -> Iterator[
                 processes[connection].join()
                 if code := processes[connection].exitcode:
                     if code > 0:
-                        raise RuntimeError(f"{path}: a writer process failed; its error is above") from None
+                        raise RuntimeError(
+                            f"{path}: a writer process failed; its error is above"
+                        ) from None
                     raise UserError(
                         f"{path}: a writer process was ended by signal {-code} (9 often means that memory was short); "
                         "free the resource and prepare again: it continues"
@@ -200,14 +229,24 @@ def _messages(processes: dict[Connection, ForkProcess], path: Path) -> Iterator[
                 yield connection, message
 
 
-def _work(parent: int, connection: Connection, path: Path, split: Split, data: DataRecipe, counter: Any, chunks: int) -> None:
+def _work(
+    parent: int,
+    connection: Connection,
+    path: Path,
+    split: Split,
+    data: DataRecipe,
+    counter: Any,
+    chunks: int,
+) -> None:
     """A writer process. It does not outlive its parent and leaves Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(find_library("c")).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
+    # it died before the line above
+    if os.getppid() != parent:
         return
     encoder = _Encoder(split, data)
-    ahead: tuple[int, list[np.ndarray]] | None = None  # encoded and announced, not yet placed
+    # encoded and announced, not yet placed
+    ahead: tuple[int, list[np.ndarray]] | None = None
     with open(path, "r+b", buffering=0) as file:
         try:
             while (number := _next(counter)) < chunks:
@@ -245,12 +284,18 @@ class _Encoder:
     def __init__(self, split: Split, data: DataRecipe):
         self.split, self.data = split, data
         share = {"raw": 0.0, "jpg": 1.0, "proportion": data.compress_probability}[data.write_mode]
-        self.as_jpg = np.random.default_rng(0).random(len(split)) < share  # a function of the image's number only
-        self.fields = {as_jpg: RGBImageField("jpg" if as_jpg else "raw", jpeg_quality=data.jpeg_quality) for as_jpg in (False, True)}
+        # a function of the image's number only
+        self.as_jpg = np.random.default_rng(0).random(len(split)) < share
+        self.fields = {
+            as_jpg: RGBImageField("jpg" if as_jpg else "raw", jpeg_quality=data.jpeg_quality)
+            for as_jpg in (False, True)
+        }
 
     def encode(self, number: int) -> tuple[Encoded, list[np.ndarray]]:
         """Chunk ``number``, and the bytes of its images."""
-        indices = range(number * self.data.chunk_size, min((number + 1) * self.data.chunk_size, len(self.split)))
+        indices = range(
+            number * self.data.chunk_size, min((number + 1) * self.data.chunk_size, len(self.split))
+        )
         images = np.zeros(len(indices), beton.STORED)
         content: list[np.ndarray] = []
         broken: list[tuple[int, str]] = []

@@ -1,7 +1,8 @@
 """Reading a .beton file: an order, boxes and moves for its images -> batches, epoch by epoch.
 
-The files, the JPEG decoder and the resizer are FFCV's; the loop around them is not its ``Loader``, which waits for ever after an
-error in its thread, hands out buffers that change later, draws random numbers that cannot be repeated, and pads or drops samples.
+The files, the JPEG decoder and the resizer are FFCV's; the loop around them is not its ``Loader``,
+which waits for ever after an error in its thread, hands out buffers that change later, draws random
+numbers that cannot be repeated, and pads or drops samples.
 """
 
 import os
@@ -23,21 +24,31 @@ from pipeline.data.decode import FLIP, HEIGHT, PLAN_COLUMNS, StoredImages
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
 
-BATCHES_AHEAD = 3  # decoded or being decoded while the consumer works
+# decoded or being decoded while the consumer works
+BATCHES_AHEAD = 3
 
 
 class Batch(NamedTuple):
     """Images and labels that belong to the caller."""
 
-    images: torch.Tensor  # (B, 3, S, S) uint8, RGB, channels last in memory
+    images: torch.Tensor
+    """(B, 3, S, S) uint8, RGB, channels last in memory."""
     labels: torch.Tensor  # (B,) int64
-    indices: torch.Tensor  # (B,) int64: number of each sample in the .beton file
-    targets: torch.Tensor | None = None  # (B, C) float32: shares of the classes in mixed images; None: the labels say all
+    indices: torch.Tensor
+    """(B,) int64: number of each sample in the .beton file."""
+    targets: torch.Tensor | None = None
+    """(B, C) float32: shares of the classes in mixed images; None: the labels say all."""
 
 
 def unit_range(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Images (B, 3, S, S) uint8 as floats in [0, 1] on ``device``, channels last in memory: there convolutions are fastest."""
-    return images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last).div_(255)
+    """Images (B, 3, S, S) uint8 as floats in [0, 1] on ``device``, channels last in memory: there
+    convolutions are fastest.
+    """
+    return (
+        images.to(device, non_blocking=True)
+        .to(torch.float32, memory_format=torch.channels_last)
+        .div_(255)
+    )
 
 
 class EpochLoader:
@@ -51,8 +62,10 @@ class EpochLoader:
         workers: decoding threads, at most; never more than processors.
         order: epoch -> (n,) the samples that this process visits.
         boxes: (heights, widths, epoch, samples) -> (n, 4) the part of each stored image to show.
-        moves: (size, epoch, samples) -> (n, 3) flip, down and right of ``StoredImages.decode``. None: images stay as they are.
-        transform: (batch, epoch) -> batch, what is done to decoded images, still in the loader's thread.
+        moves: (size, epoch, samples) -> (n, 3) flip, down and right of ``StoredImages.decode``.
+            None: images stay as they are.
+        transform: (batch, epoch) -> batch, what is done to decoded images, still in the loader's
+            thread.
         size: epoch -> side in pixels of the images. None: the manifest's.
 
     Attributes:
@@ -80,16 +93,21 @@ class EpochLoader:
         self._order, self._boxes, self._moves, self._transform = order, boxes, moves, transform
         self._size = size or (lambda epoch: manifest.image_size)
         self._stored = StoredImages(path)
-        # One thread for the loader's life: with each new one, numba's and libjpeg's memory for it would be left behind.
+        # One thread for the loader's life: with each new one, numba's and libjpeg's memory for it
+        # would be left behind.
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        self._thread = ThreadPoolExecutor(1, f"decode {split}", _begin_thread, (threads(workers), device))
+        self._thread = ThreadPoolExecutor(
+            1, f"decode {split}", _begin_thread, (threads(workers), device)
+        )
         self._open = False
 
     @contextmanager
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Iterator[Batch]]:
-        """An iterator over the batches of ``epoch`` from number ``start`` on; earlier ones are not decoded.
+        """An iterator over the batches of ``epoch`` from number ``start`` on; earlier ones are not
+        decoded.
 
-        Nothing is decoded any more when the block is left, in whatever way. One epoch of a loader can be open at a time.
+        Nothing is decoded any more when the block is left, in whatever way. One epoch of a loader
+        can be open at a time.
 
         Raises:
             UserError: a stored image cannot be decoded.
@@ -100,7 +118,9 @@ class EpochLoader:
 
     @contextmanager
     def select(self, samples: np.ndarray) -> Iterator[Iterator[Batch]]:
-        """Batches of the ``samples`` (n,) in the given order, as epoch 0 would show them. Ends and raises as ``epoch`` does."""
+        """Batches of the ``samples`` (n,) in the given order, as epoch 0 would show them. Ends and
+        raises as ``epoch`` does.
+        """
         with self._visit(samples, 0) as batches:
             yield batches
 
@@ -108,7 +128,10 @@ class EpochLoader:
     def _visit(self, samples: np.ndarray, epoch: int) -> Iterator[Iterator[Batch]]:
         if self._open:
             raise RuntimeError(f"{self.path}: an epoch of this loader is open already")
-        parts = (samples[begin : begin + self.batch_size] for begin in range(0, len(samples), self.batch_size))
+        parts = (
+            samples[begin : begin + self.batch_size]
+            for begin in range(0, len(samples), self.batch_size)
+        )
         ahead = (self._thread.submit(self._batch, part, epoch) for part in parts)
         pending = deque(islice(ahead, BATCHES_AHEAD))
         self._open = True
@@ -120,7 +143,9 @@ class EpochLoader:
             wait(pending)
             self._open = False
 
-    def _in_turn(self, pending: deque[Future[Batch]], ahead: Iterator[Future[Batch]]) -> Iterator[Batch]:
+    def _in_turn(
+        self, pending: deque[Future[Batch]], ahead: Iterator[Future[Batch]]
+    ) -> Iterator[Batch]:
         while pending:
             batch = pending[0].result()
             pending.popleft()
@@ -131,13 +156,19 @@ class EpochLoader:
         try:
             size = self._size(epoch)
             plan = np.zeros((len(samples), PLAN_COLUMNS), np.int32)
-            plan[:, :FLIP] = self._boxes(self._stored.heights[samples], self._stored.widths[samples], epoch, samples)
+            plan[:, :FLIP] = self._boxes(
+                self._stored.heights[samples], self._stored.widths[samples], epoch, samples
+            )
             if self._moves:
                 plan[:, FLIP:] = self._moves(size, epoch, samples)
-            images = torch.empty(len(samples), size, size, 3, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            images = torch.empty(
+                len(samples), size, size, 3, dtype=torch.uint8, pin_memory=torch.cuda.is_available()
+            )
             self._stored.decode(samples, plan, images.numpy())
             if (broken := samples[plan[:, HEIGHT] == 0]).size:
-                raise UserError(f"{self.path}: image {broken[0]} cannot be decoded; remove the folder and {REMEDY}")
+                raise UserError(
+                    f"{self.path}: image {broken[0]} cannot be decoded; remove the folder and {REMEDY}"
+                )
             labels = torch.from_numpy(self._stored.labels[samples])
             batch = Batch(images.permute(0, 3, 1, 2), labels, torch.from_numpy(samples.copy()))
             return self._transform(batch, epoch) if self._transform else batch
@@ -150,12 +181,18 @@ class EpochLoader:
 def _begin_thread(workers: int, device: int | None) -> None:
     numba.set_num_threads(workers)
     if device is not None:
-        torch.cuda.set_device(device)  # else pinned memory would be asked of the first GPU, whoever's it is
+        # else pinned memory would be asked of the first GPU, whoever's it is
+        torch.cuda.set_device(device)
 
 
 def threads(workers: int) -> int:
-    """``workers``, but no more than the processors this process may use: more would only take turns."""
+    """``workers``, but no more than the processors this process may use: more would only take
+    turns.
+    """
     available = min(len(os.sched_getaffinity(0)), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     if workers > available:
-        warnings.warn(f"data.workers is {workers}, but this process may use only {available} processors", stacklevel=2)
+        warnings.warn(
+            f"data.workers is {workers}, but this process may use only {available} processors",
+            stacklevel=2,
+        )
     return min(workers, available)

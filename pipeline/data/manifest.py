@@ -1,7 +1,8 @@
 """The manifest beside prepared .beton files: what they hold, and the proof that they are whole.
 
-FFCV opens an unfinished or truncated file without complaint and then hangs, or reads outside it. Its header, the table of samples
-at the start and the table of addresses at the end are therefore checked here before FFCV sees a file.
+FFCV opens an unfinished or truncated file without complaint and then hangs, or reads outside it.
+Its header, the table of samples at the start and the table of addresses at the end are therefore
+checked here before FFCV sees a file.
 """
 
 import hashlib
@@ -29,9 +30,12 @@ class SplitFile:
     bytes: int
     samples: int
     class_counts: tuple[int, ...]
-    tables_sha256: str  # of the header and both tables
-    xxh128: str = ""  # of the whole file, as the command xxh128sum prints it; "": written before there was one
-    skipped: tuple[tuple[str, str], ...] = ()  # images left out: where they are, what is wrong
+    tables_sha256: str
+    """Of the header and both tables."""
+    xxh128: str = ""
+    """Of the whole file, as the command xxh128sum prints it; "": written before there was one."""
+    skipped: tuple[tuple[str, str], ...] = ()
+    """Images left out: where they are, what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +43,22 @@ class Manifest:
     """Contents of a folder of prepared files."""
 
     source: str
-    path_name: str | None  # last part of data.path: where it lies may change between machines
+    path_name: str | None
+    """Last part of data.path: where it lies may change between machines."""
     image_size: int
     write_mode: str
-    fixed_size: bool  # images are stored at image_size; else they are cropped when they are loaded
+    fixed_size: bool
+    """Images are stored at image_size; else they are cropped when they are loaded."""
     classes: tuple[str, ...]
-    splits: Mapping[str, SplitFile]  # "train" and "val"
-    ffcv: str  # version that wrote the files
+    splits: Mapping[str, SplitFile]
+    """"train" and "val"."""
+    ffcv: str
+    """Version that wrote the files."""
     max_resolution: int | None = None
     jpeg_quality: int = 90
     compress_probability: float = 0.5
-    sha256: str = ""  # of manifest.json itself
+    sha256: str = ""
+    """Of manifest.json itself."""
 
     def require(self, data: DataRecipe) -> None:
         """Raises UserError if the files were prepared with other data settings than ``data``."""
@@ -63,8 +72,15 @@ class Manifest:
         if data.write_mode != "raw":
             wanted["data.jpeg_quality"] = (self.jpeg_quality, data.jpeg_quality)
         if data.write_mode == "proportion":
-            wanted["data.compress_probability"] = (self.compress_probability, data.compress_probability)
-        differences = [f"{key} {found} (recipe: {asked})" for key, (found, asked) in wanted.items() if found != asked]
+            wanted["data.compress_probability"] = (
+                self.compress_probability,
+                data.compress_probability,
+            )
+        differences = [
+            f"{key} {found} (recipe: {asked})"
+            for key, (found, asked) in wanted.items()
+            if found != asked
+        ]
         if differences:
             raise UserError(
                 f"{data.folder}: was prepared with {', '.join(differences)}; remove the folder or point data.prepared to another place"
@@ -91,10 +107,14 @@ def open_manifest(folder: str | Path) -> Manifest:
         manifest = _parse(json.loads(content), hashlib.sha256(content).hexdigest())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path}: is damaged or of another version ({reason}); remove it and {REMEDY}") from error
+        raise UserError(
+            f"{path}: is damaged or of another version ({reason}); remove it and {REMEDY}"
+        ) from error
     for split in manifest.splits.values():
         if measure(path.parent / split.file) != (split.bytes, split.samples, split.tables_sha256):
-            raise UserError(f"{path.parent / split.file}: is not the file that {NAME} describes; {REMEDY}")
+            raise UserError(
+                f"{path.parent / split.file}: is not the file that {NAME} describes; {REMEDY}"
+            )
     return manifest
 
 
@@ -103,20 +123,34 @@ def _parse(tree: dict[str, Any], sha256: str) -> Manifest:
     if tree.pop("version") != VERSION:
         raise ValueError(f"not of version {VERSION}")
     splits = {name: _split_file(**entry) for name, entry in tree.pop("splits").items()}
-    manifest = Manifest(**{**tree, "splits": splits, "classes": tuple(tree["classes"]), "sha256": sha256})
+    manifest = Manifest(
+        **{**tree, "splits": splits, "classes": tuple(tree["classes"]), "sha256": sha256}
+    )
     if set(splits) != {"train", "val"}:
         raise ValueError(f"splits are {sorted(splits)}")
     if type(manifest.image_size) is not int or not 0 < manifest.image_size <= MAX_RESOLUTION:
         raise ValueError(f"image_size is {manifest.image_size!r}")
-    if any(len(split.class_counts) != len(manifest.classes) or sum(split.class_counts) != split.samples for split in splits.values()):
+    if any(
+        len(split.class_counts) != len(manifest.classes) or sum(split.class_counts) != split.samples
+        for split in splits.values()
+    ):
         raise ValueError("the images per class do not add up")
-    if not all(type(name) is str for name in (*manifest.classes, manifest.source, *(split.file for split in splits.values()))):
+    if not all(
+        type(name) is str
+        for name in (*manifest.classes, manifest.source, *(split.file for split in splits.values()))
+    ):
         raise ValueError("a name is no text")
     return manifest
 
 
-def _split_file(class_counts: list[int], skipped: list[list[str]] | tuple = (), **entry: Any) -> SplitFile:
-    return SplitFile(class_counts=tuple(class_counts), skipped=tuple((where, reason) for where, reason in skipped), **entry)
+def _split_file(
+    class_counts: list[int], skipped: list[list[str]] | tuple = (), **entry: Any
+) -> SplitFile:
+    return SplitFile(
+        class_counts=tuple(class_counts),
+        skipped=tuple((where, reason) for where, reason in skipped),
+        **entry,
+    )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

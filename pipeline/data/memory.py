@@ -1,6 +1,7 @@
 """Whether the batches that loaders make fit into the memory of the node, before one is made.
 
-Files are mapped, so pages that were read stay in the page cache, once for all processes of a node, as long as there is room.
+Files are mapped, so pages that were read stay in the page cache, once for all processes of a node,
+as long as there is room.
 """
 
 import os
@@ -18,16 +19,19 @@ from pipeline.distributed import World, gather_across_ranks
 from pipeline.errors import UserError
 from pipeline.recipe.schema import Recipe
 
-TABLE_BYTES = 128  # per stored image and loader: FFCV's tables of it (45), our copies (48), and an epoch's order
+# per stored image and loader: FFCV's tables of it (45), our copies (48), and an epoch's order
+TABLE_BYTES = 128
 
 
 @dataclass(frozen=True)
 class Memory:
     """What loading will take on one node, in bytes."""
 
-    per_process: int  # batches in flight, images being decoded, tables
+    per_process: int
+    """Batches in flight, images being decoded, tables."""
     processes: int
-    page_cache: int  # of all processes together; the kernel gives it up where memory is short
+    page_cache: int
+    """Of all processes together; the kernel gives it up where memory is short."""
 
     def __str__(self) -> str:
         total = self.per_process * self.processes
@@ -35,7 +39,9 @@ class Memory:
 
 
 def estimate(recipe: Recipe, micro_batch: int, processes: int) -> Memory:
-    """What the loaders of ``processes`` processes on a node will take, from the manifest and the files' headers."""
+    """What the loaders of ``processes`` processes on a node will take, from the manifest and the
+    files' headers.
+    """
     data, manifest = recipe.data, open_manifest(recipe.data.folder)
     batches = ((micro_batch, data.image_size), (recipe.evaluation.batch_size, data.evaluated_size))
     in_flight = sum((BATCHES_AHEAD + 2) * count * size * size * 3 for count, size in batches)
@@ -76,8 +82,12 @@ def require_memory(recipe: Recipe, world: World, micro_batch: int) -> None:
 
 
 def available_bytes(root: Path = Path("/")) -> int:
-    """Memory that this process can still get: the machine's, or what is left of the limit of a control group, such as a Slurm job's."""
-    kilobytes = re.search(r"^MemAvailable:\s*(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE)
+    """Memory that this process can still get: the machine's, or what is left of the limit of a
+    control group, such as a Slurm job's.
+    """
+    kilobytes = re.search(
+        r"^MemAvailable:\s*(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE
+    )
     assert kilobytes
     return min(int(kilobytes[1]) * 1024, *_left_in_groups(root), sys.maxsize)
 
@@ -85,16 +95,23 @@ def available_bytes(root: Path = Path("/")) -> int:
 def _left_in_groups(root: Path) -> Iterator[int]:
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, place = line.split(":", 2)
-        if controllers == "":  # version 2
+        # version 2
+        if controllers == "":
             base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
-            base, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            base, names = (
+                root / "sys/fs/cgroup/memory",
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+            )
         else:
             continue
         group = base / place.lstrip("/")
         while group.is_relative_to(base):
-            with suppress(OSError, ValueError):  # no limit is "max", and a namespace may hide the folder
+            # no limit is "max", and a namespace may hide the folder
+            with suppress(OSError, ValueError):
                 limit, used = (int((group / name).read_text()) for name in names[:2])
-                cached = re.search(rf"^{names[2]} (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+                cached = re.search(
+                    rf"^{names[2]} (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE
+                )
                 yield max(0, limit - used + (int(cached[1]) if cached else 0))
             group = group.parent

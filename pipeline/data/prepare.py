@@ -1,7 +1,9 @@
-"""Write a source's images to ``train.beton`` and ``val.beton``, and the manifest that says they are whole.
+"""Write a source's images to ``train.beton`` and ``val.beton``, and the manifest that says they are
+whole.
 
-Files are written under temporary names and renamed; the manifest comes last. What was finished when a writer was stopped is kept in a
-journal, and the same command continues there. The files' bytes depend on source and settings only: not on processes, nor on stops.
+Files are written under temporary names and renamed; the manifest comes last. What was finished when
+a writer was stopped is kept in a journal, and the same command continues there. The files' bytes
+depend on source and settings only: not on processes, nor on stops.
 """
 
 import fcntl
@@ -23,7 +25,15 @@ from pipeline.data import beton
 from pipeline.data.beton import measure
 from pipeline.data.chunk_journal import Chunk, Journal
 from pipeline.data.encode import write_chunks
-from pipeline.data.manifest import NAME, Manifest, SplitFile, open_manifest, path_name, publish, write_manifest
+from pipeline.data.manifest import (
+    NAME,
+    Manifest,
+    SplitFile,
+    open_manifest,
+    path_name,
+    publish,
+    write_manifest,
+)
 from pipeline.data.sources import Split, open_source
 from pipeline.data.stored_size import largest_bytes
 from pipeline.distributed import together
@@ -31,18 +41,28 @@ from pipeline.errors import UserError
 from pipeline.recipe.schema import DataRecipe, Recipe
 
 # Settings that decide the stored bytes, as the versions of FFCV, Pillow and OpenCV do.
-STORING = ("image_size", "write_mode", "compress_probability", "jpeg_quality", "max_resolution", "chunk_size")
+STORING = (
+    "image_size",
+    "write_mode",
+    "compress_probability",
+    "jpeg_quality",
+    "max_resolution",
+    "chunk_size",
+)
 
 
 def prepare(recipe: Recipe) -> Path:
-    """Prepare the recipe's data, or return at once if that has been done; the main process works, the others wait for it.
+    """Prepare the recipe's data, or return at once if that has been done; the main process works,
+    the others wait for it.
 
     Returns:
         the folder: ``recipe.data.folder``.
 
     Raises:
-        UserError: on every process. Unknown or broken source, a broken image, or a folder of other data settings.
-        OSError: on every process. A disk that is full or failing, or a folder that cannot be written.
+        UserError: on every process. Unknown or broken source, a broken image, or a folder of other
+            data settings.
+        OSError: on every process. A disk that is full or failing, or a folder that cannot be
+            written.
     """
     together(lambda: _prepare(recipe.data), main_only=True)
     return recipe.data.folder
@@ -67,7 +87,8 @@ def _is_prepared(data: DataRecipe) -> bool:
     try:
         manifest = open_manifest(data.folder)
     except UserError:
-        return False  # nothing there, or remains that are worth nothing
+        # nothing there, or remains that are worth nothing
+        return False
     manifest.require(data)
     return True
 
@@ -87,9 +108,14 @@ def _locked(folder: Path):
 def _write_all(data: DataRecipe) -> None:
     splits = open_source(data)
     files = {name: data.folder / f"{name}.beton.tmp" for name in splits}
-    journals = {name: Journal(files[name], _identity(split, data)) for name, split in splits.items()}
+    journals = {
+        name: Journal(files[name], _identity(split, data)) for name, split in splits.items()
+    }
     try:
-        entries = {name: _write_split(files[name], journals[name], split, data, name) for name, split in splits.items()}
+        entries = {
+            name: _write_split(files[name], journals[name], split, data, name)
+            for name, split in splits.items()
+        }
         (data.folder / NAME).unlink(missing_ok=True)
         for path in files.values():
             publish(path, path.with_suffix(""))
@@ -98,7 +124,8 @@ def _write_all(data: DataRecipe) -> None:
             journal.remove()
     finally:
         for name, journal in journals.items():
-            if not journal.chunks:  # nothing worth continuing
+            # nothing worth continuing
+            if not journal.chunks:
                 files[name].unlink(missing_ok=True)
                 journal.remove()
 
@@ -123,31 +150,55 @@ def _identity(split: Split, data: DataRecipe) -> str:
     """A hash of all that decides the bytes of the file, except the content of the source's files."""
     settings = {key: value for key, value in asdict(data).items() if key in STORING}
     # OpenCV comes in several distributions, of which any serves.
-    versions = {"ffcv": importlib.metadata.version("ffcv"), "pillow": PIL.__version__, "opencv": cv2.__version__}
+    versions = {
+        "ffcv": importlib.metadata.version("ffcv"),
+        "pillow": PIL.__version__,
+        "opencv": cv2.__version__,
+    }
     return hashlib.sha256(f"{split.identity()} {settings} {versions}".encode()).hexdigest()
 
 
-def _write_split(path: Path, journal: Journal, split: Split, data: DataRecipe, name: str) -> SplitFile:
+def _write_split(
+    path: Path, journal: Journal, split: Split, data: DataRecipe, name: str
+) -> SplitFile:
     page = beton.page_size(largest_bytes(data, split.fixed_size))
     if journal.foreign:
-        tqdm.write(f"{path}: was begun from another source or with other settings; it is begun again", file=sys.stderr)
+        tqdm.write(
+            f"{path}: was begun from another source or with other settings; it is begun again",
+            file=sys.stderr,
+        )
     if journal.chunks:
-        tqdm.write(f"{path}: continues after {sum(len(chunk.images) for chunk in journal.chunks)} images", file=sys.stderr)
+        tqdm.write(
+            f"{path}: continues after {sum(len(chunk.images) for chunk in journal.chunks)} images",
+            file=sys.stderr,
+        )
         os.truncate(path, journal.chunks[-1].end)
     else:
         beton.begin(path, page)
     write_chunks(path, journal, split, data, page, name)
     chunks = journal.chunks
     images = np.concatenate([chunk.images for chunk in chunks])
-    skipped = [(split.describe(index), reason) for chunk in chunks for index, reason in chunk.broken]
+    skipped = [
+        (split.describe(index), reason) for chunk in chunks for index, reason in chunk.broken
+    ]
     if not len(images):
-        raise UserError(f"{skipped[0][0]}: {skipped[0][1]}, and no other image of {name} can be read")
+        raise UserError(
+            f"{skipped[0][0]}: {skipped[0][1]}, and no other image of {name} can be read"
+        )
     labels = split.labels[images["source"].astype(np.int64)]
     beton.finish(path, images, labels, page)
     digest = _digest(path, chunks, name)
     size, samples, tables = measure(path)
     counts = np.bincount(labels, minlength=len(split.classes))
-    return SplitFile(path.stem, size, samples, tuple(int(count) for count in counts), tables, digest, tuple(skipped))
+    return SplitFile(
+        path.stem,
+        size,
+        samples,
+        tuple(int(count) for count in counts),
+        tables,
+        digest,
+        tuple(skipped),
+    )
 
 
 def _digest(path: Path, chunks: list[Chunk], name: str) -> str:
@@ -158,12 +209,23 @@ def _digest(path: Path, chunks: list[Chunk], name: str) -> str:
     """
     digest = xxhash.xxh3_128()
     total = path.stat().st_size
-    with open(path, "rb") as file, tqdm(total=total, desc=f"reading {name} back", unit="B", unit_scale=True, leave=False) as bar:
-        parts = [(0, chunks[0].begin, None), *((chunk.begin, chunk.end, chunk.xxh64) for chunk in chunks), (chunks[-1].end, total, None)]
+    with (
+        open(path, "rb") as file,
+        tqdm(
+            total=total, desc=f"reading {name} back", unit="B", unit_scale=True, leave=False
+        ) as bar,
+    ):
+        parts = [
+            (0, chunks[0].begin, None),
+            *((chunk.begin, chunk.end, chunk.xxh64) for chunk in chunks),
+            (chunks[-1].end, total, None),
+        ]
         for begin, end, known in parts:
             content = file.read(end - begin)
             if known is not None and xxhash.xxh3_64_hexdigest(content) != known:
-                raise UserError(f"{path}: bytes {begin} to {end} are not those that were written; the disk may be failing: remove the file")
+                raise UserError(
+                    f"{path}: bytes {begin} to {end} are not those that were written; the disk may be failing: remove the file"
+                )
             digest.update(content)
             bar.update(len(content))
     return digest.hexdigest()

@@ -1,8 +1,10 @@
-"""Order and augmentation as pure functions of (seed, epoch, sample index), so that threads, ranks and restarts change nothing.
+"""Order and augmentation as pure functions of (seed, epoch, sample index), so that threads, ranks
+and restarts change nothing.
 
-Random numbers come from the SplitMix64 finaliser (Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
-OOPSLA 2014) as a hash; random resized crops follow Szegedy et al. (arXiv 1409.4842, section 6) as torchvision draws them.
-A box is (top, left, height, width) in pixels of the stored image.
+Random numbers come from the SplitMix64 finaliser (Steele, Lea, Flood, "Fast splittable pseudorandom
+number generators", OOPSLA 2014) as a hash; random resized crops follow Szegedy et al. (arXiv
+1409.4842, section 6) as torchvision draws them. A box is (top, left, height, width) in pixels of
+the stored image.
 """
 
 from collections.abc import Callable
@@ -11,11 +13,15 @@ import numpy as np
 
 from pipeline.images import CENTRE_SHARE
 
-CROP_AREA = (0.08, 1.0)  # share of the stored image's area
-CROP_ASPECT = (3 / 4, 4 / 3)  # width / height
-ATTEMPTS = 10  # to find a random box that fits
+# share of the stored image's area
+CROP_AREA = (0.08, 1.0)
+# width / height
+CROP_ASPECT = (3 / 4, 4 / 3)
+# to find a random box that fits
+ATTEMPTS = 10
 
-FLIP, SHIFT_DOWN, SHIFT_RIGHT, CROP = range(4)  # streams of independent random numbers; CROP and the following for the crops
+# streams of independent random numbers; CROP and the following for the crops
+FLIP, SHIFT_DOWN, SHIFT_RIGHT, CROP = range(4)
 
 
 def uniform(seed: int, epoch: int, indices: np.ndarray, stream: int) -> np.ndarray:
@@ -39,20 +45,28 @@ def permutation(seed: int, epoch: int, samples: int) -> np.ndarray:
 
 
 def page_permutation(seed: int, epoch: int, pages: np.ndarray, window: int) -> np.ndarray:
-    """As ``permutation``, but ``window`` pages of the file at a time: (samples,) int64, for samples that lie in ``pages`` (samples,).
+    """As ``permutation``, but ``window`` pages of the file at a time: (samples,) int64, for samples
+    that lie in ``pages`` (samples,).
 
-    Pages come in random order, and the samples of a window of them are shuffled, so that only a window need be in memory.
+    Pages come in random order, and the samples of a window of them are shuffled, so that only a
+    window need be in memory.
     """
     generator = np.random.default_rng([seed, epoch])
     numbers, page = np.unique(pages, return_inverse=True)
-    windows = generator.permutation(len(numbers))[page] // window  # (samples,)
+    # (samples,)
+    windows = generator.permutation(len(numbers))[page] // window
     return np.lexsort((generator.random(len(pages)), windows))
 
 
 def moves(seed: int, epoch: int, indices: np.ndarray, flip: bool, padding: int) -> np.ndarray:
-    """(N, 3): whether to mirror (half of the images, if ``flip``), then by how much to move up and left: -padding .. padding pixels."""
+    """(N, 3): whether to mirror (half of the images, if ``flip``), then by how much to move up and
+    left: -padding .. padding pixels.
+    """
     mirrored = uniform(seed, epoch, indices, FLIP) < 0.5 if flip else np.zeros(len(indices), bool)
-    shifts = [uniform(seed, epoch, indices, stream) * (2 * padding + 1) for stream in (SHIFT_DOWN, SHIFT_RIGHT)]
+    shifts = [
+        uniform(seed, epoch, indices, stream) * (2 * padding + 1)
+        for stream in (SHIFT_DOWN, SHIFT_RIGHT)
+    ]
     return np.stack([mirrored, *(np.floor(shift) - padding for shift in shifts)], axis=1)
 
 
@@ -67,15 +81,25 @@ def centre_boxes(heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
     return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
 
 
-def random_boxes(heights: np.ndarray, widths: np.ndarray, seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
-    """(N, 4) boxes of random area, aspect ratio and place; the largest central one of valid aspect if no attempt fits."""
+def random_boxes(
+    heights: np.ndarray, widths: np.ndarray, seed: int, epoch: int, indices: np.ndarray
+) -> np.ndarray:
+    """(N, 4) boxes of random area, aspect ratio and place; the largest central one of valid aspect
+    if no attempt fits.
+    """
     low, high = CROP_ASPECT
     boxes, found = fitting_boxes(
-        heights, widths, CROP_AREA, CROP_ASPECT, lambda stream, left: uniform(seed, epoch, indices[left], CROP + stream)
+        heights,
+        widths,
+        CROP_AREA,
+        CROP_ASPECT,
+        lambda stream, left: uniform(seed, epoch, indices[left], CROP + stream),
     )
     box_widths = np.minimum(widths, np.maximum(np.round(heights * high), 1)).astype(np.int64)
     box_heights = np.minimum(heights, np.maximum(np.round(widths / low), 1)).astype(np.int64)
-    central = np.stack([(heights - box_heights) // 2, (widths - box_widths) // 2, box_heights, box_widths], axis=1)
+    central = np.stack(
+        [(heights - box_heights) // 2, (widths - box_widths) // 2, box_heights, box_widths], axis=1
+    )
     return np.where(found[:, None], boxes, central)
 
 
@@ -86,10 +110,12 @@ def fitting_boxes(
     aspects: tuple[float, float],
     draw: Callable[[int, np.ndarray], np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(N, 4) boxes inside images of (N,) ``heights`` and ``widths``, and (N,) whether one of the attempts gave one.
+    """(N, 4) boxes inside images of (N,) ``heights`` and ``widths``, and (N,) whether one of the
+    attempts gave one.
 
-    The share of the area is uniform in ``areas``, the logarithm of width / height in that of ``aspects``, the place uniform.
-    ``draw(stream, left)`` gives numbers in [0, 1) for the images ``left``; streams 0 to 4 * ATTEMPTS - 1 are used.
+    The share of the area is uniform in ``areas``, the logarithm of width / height in that of
+    ``aspects``, the place uniform. ``draw(stream, left)`` gives numbers in [0, 1) for the images
+    ``left``; streams 0 to 4 * ATTEMPTS - 1 are used.
     """
     boxes, found = np.zeros((len(heights), 4), np.int64), np.zeros(len(heights), bool)
     (low, high), (least, most) = aspects, areas
@@ -101,8 +127,14 @@ def fitting_boxes(
         area, aspect, down, right = (draw(4 * attempt + number, left) for number in range(4))
         area = height * width * (least + area * (most - least))
         aspect = low * (high / low) ** aspect
-        h, w = np.round(np.sqrt(area / aspect)).astype(np.int64), np.round(np.sqrt(area * aspect)).astype(np.int64)
-        top, start = np.floor(down * (height - h + 1)).astype(np.int64), np.floor(right * (width - w + 1)).astype(np.int64)
+        h, w = (
+            np.round(np.sqrt(area / aspect)).astype(np.int64),
+            np.round(np.sqrt(area * aspect)).astype(np.int64),
+        )
+        top, start = (
+            np.floor(down * (height - h + 1)).astype(np.int64),
+            np.floor(right * (width - w + 1)).astype(np.int64),
+        )
         fits = (0 < h) & (h <= height) & (0 < w) & (w <= width)
         boxes[left[fits]] = np.stack([top, start, h, w], axis=1)[fits]
         found[left] = fits

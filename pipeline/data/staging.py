@@ -1,4 +1,6 @@
-"""Where a job reads its .beton files from: where they were prepared, or a copy on the disk of the node."""
+"""Where a job reads its .beton files from: where they were prepared, or a copy on the disk of the
+node.
+"""
 
 import fcntl
 import os
@@ -16,12 +18,15 @@ from pipeline.data.manifest import Manifest, SplitFile, publish
 from pipeline.errors import UserError
 from pipeline.recipe.schema import DataRecipe
 
-CHUNK = 1 << 24  # bytes copied at a time
-SPARE = 1 << 28  # bytes left free on the node's disk
+# bytes copied at a time
+CHUNK = 1 << 24
+# bytes left free on the node's disk
+SPARE = 1 << 28
 
 
 def readable_file(data: DataRecipe, manifest: Manifest, split: str) -> Path:
-    """The .beton file of ``split``: with ``storage: stage_local`` a copy on the node's disk, made by the first process that asks.
+    """The .beton file of ``split``: with ``storage: stage_local`` a copy on the node's disk, made
+    by the first process that asks.
 
     A copy that is there and whole is used again, as after a requeue on the same node.
 
@@ -36,19 +41,24 @@ def readable_file(data: DataRecipe, manifest: Manifest, split: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of the node wait here for the first
+            # the other processes of the node wait here for the first
+            fcntl.flock(lock, fcntl.LOCK_EX)
             if not _is_whole(copy, (wanted.bytes, wanted.samples, wanted.tables_sha256)):
                 copy.unlink(missing_ok=True)
                 _copy(original, copy, wanted)
     except OSError as error:
-        raise UserError(f"{copy}: the data cannot be staged ({error.strerror or error}); choose another data.scratch") from error
+        raise UserError(
+            f"{copy}: the data cannot be staged ({error.strerror or error}); choose another data.scratch"
+        ) from error
     return copy
 
 
 def _scratch(data: DataRecipe) -> Path:
     place = os.path.expandvars(data.scratch or tempfile.gettempdir())
     if "$" in place:
-        raise UserError(f"data.scratch is {data.scratch!r}, but that environment variable is not set on this node")
+        raise UserError(
+            f"data.scratch is {data.scratch!r}, but that environment variable is not set on this node"
+        )
     return Path(place)
 
 
@@ -68,13 +78,21 @@ def _copy(source: Path, target: Path, wanted: SplitFile) -> None:
     temporary, digest = target.with_name(f"{target.name}.tmp"), xxhash.xxh128()
     try:
         with source.open("rb") as reading, temporary.open("wb") as writing:
-            with tqdm(total=wanted.bytes, desc=f"staging {source.name}", unit="B", unit_scale=True, file=sys.stderr) as bar:
+            with tqdm(
+                total=wanted.bytes,
+                desc=f"staging {source.name}",
+                unit="B",
+                unit_scale=True,
+                file=sys.stderr,
+            ) as bar:
                 while block := reading.read(CHUNK):
                     digest.update(block)
                     writing.write(block)
                     bar.update(len(block))
         if wanted.xxh128 not in ("", digest.hexdigest()):
-            raise UserError(f"{source}: is not what its manifest says, byte by byte; `coda verify` shows the damage")
+            raise UserError(
+                f"{source}: is not what its manifest says, byte by byte; `coda verify` shows the damage"
+            )
         publish(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,4 +1,6 @@
-"""The pixels of an image in the size in which they are stored. Reading its file is in ``pipeline.images``."""
+"""The pixels of an image in the size in which they are stored. Reading its file is in
+``pipeline.images``.
+"""
 
 import math
 
@@ -7,15 +9,18 @@ from PIL import Image
 
 from pipeline.recipe.schema import DataRecipe
 
-STORED_MARGIN = 256 / 224  # stored shorter side / image size, for images that are cropped when they are loaded
-MAX_ASPECT = 2  # the longer side of such an image is centre-cropped to this multiple of the shorter one
+# stored shorter side / image size, for images that are cropped when they are loaded
+STORED_MARGIN = 256 / 224
+# the longer side of such an image is centre-cropped to this multiple of the shorter one
+MAX_ASPECT = 2
 
 
 def fit(image: Image.Image, data: DataRecipe, fixed_size: bool) -> np.ndarray:
-    """Pixels (H, W, 3) uint8 as they are stored: the square that the model sees if ``fixed_size``; else never enlarged, and
+    """Pixels (H, W, 3) uint8 as they are stored: the square that the model sees if ``fixed_size``;
+    else never enlarged, and
 
-    with ``data.max_resolution`` the longer side brought down to it, without it the shorter side to ``stored_side`` and the longer one
-    centre-cropped to MAX_ASPECT times that.
+    with ``data.max_resolution`` the longer side brought down to it, without it the shorter side to
+    ``stored_side`` and the longer one centre-cropped to MAX_ASPECT times that.
     """
     if fixed_size:
         return np.asarray(_resize(image, data.image_size, data.image_size))
@@ -31,7 +36,9 @@ def fit(image: Image.Image, data: DataRecipe, fixed_size: bool) -> np.ndarray:
 
 
 def stored_side(image_size: int) -> int:
-    """Upper bound of the shorter side of stored images whose size varies, where the recipe sets no ``max_resolution``."""
+    """Upper bound of the shorter side of stored images whose size varies, where the recipe sets no
+    ``max_resolution``.
+    """
     return math.ceil(image_size * STORED_MARGIN)
 
 
@@ -45,7 +52,11 @@ def largest_bytes(data: DataRecipe, fixed_size: bool) -> int:
 
 
 def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+    return (
+        image
+        if image.size == (width, height)
+        else image.resize((width, height), Image.Resampling.BICUBIC)
+    )
 
 
 def _crop(image: Image.Image) -> Image.Image:

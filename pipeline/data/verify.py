@@ -1,4 +1,6 @@
-"""Whether prepared files still are what was written: every byte, and every image decoded as training decodes it."""
+"""Whether prepared files still are what was written: every byte, and every image decoded as
+training decodes it.
+"""
 
 import os
 from pathlib import Path
@@ -15,11 +17,13 @@ from pipeline.errors import UserError
 from pipeline.recipe.schema import DataRecipe
 
 BATCH = 64
-BLOCK = 1 << 24  # bytes
+# bytes
+BLOCK = 1 << 24
 
 
 def verify(folder: Path, data: DataRecipe | None = None) -> str:
-    """Check all files of a prepared folder, and that it was prepared with the settings ``data`` if they are given.
+    """Check all files of a prepared folder, and that it was prepared with the settings ``data`` if
+    they are given.
 
     Returns:
         what was checked, in words.
@@ -36,35 +40,59 @@ def verify(folder: Path, data: DataRecipe | None = None) -> str:
         if split.xxh128:
             _compare_bytes(path, split)
         _decode(path, manifest, name)
-        hashed = f"XXH128 {split.xxh128}" if split.xxh128 else "no hash, as an earlier version has prepared it"
+        hashed = (
+            f"XXH128 {split.xxh128}"
+            if split.xxh128
+            else "no hash, as an earlier version has prepared it"
+        )
         left_out = f", {len(split.skipped)} left out as broken" if split.skipped else ""
-        lines.append(f"{path}: {split.samples} images of {len(manifest.classes)} classes, {split.bytes} bytes, {hashed}{left_out}")
+        lines.append(
+            f"{path}: {split.samples} images of {len(manifest.classes)} classes, {split.bytes} bytes, {hashed}{left_out}"
+        )
     return "\n".join(lines)
 
 
 def _compare_bytes(path: Path, split: SplitFile) -> None:
     digest = xxhash.xxh3_128()
-    with open(path, "rb") as file, tqdm(total=split.bytes, desc=f"reading {path.name}", unit="B", unit_scale=True) as bar:
+    with (
+        open(path, "rb") as file,
+        tqdm(total=split.bytes, desc=f"reading {path.name}", unit="B", unit_scale=True) as bar,
+    ):
         while content := file.read(BLOCK):
             digest.update(content)
             bar.update(len(content))
     if digest.hexdigest() != split.xxh128:
-        raise UserError(f"{path}: is damaged: its XXH128 is {digest.hexdigest()} and {NAME} says {split.xxh128}; remove it and {REMEDY}")
+        raise UserError(
+            f"{path}: is damaged: its XXH128 is {digest.hexdigest()} and {NAME} says {split.xxh128}; remove it and {REMEDY}"
+        )
 
 
 def _decode(path: Path, manifest: Manifest, name: str) -> None:
     split = manifest.splits[name]
     everything = np.arange(split.samples)
     loader = EpochLoader(
-        path, manifest, name, BATCH, len(os.sched_getaffinity(0)), lambda epoch: everything, lambda high, wide, *_: whole_boxes(high, wide)
+        path,
+        manifest,
+        name,
+        BATCH,
+        len(os.sched_getaffinity(0)),
+        lambda epoch: everything,
+        lambda high, wide, *_: whole_boxes(high, wide),
     )
     counts = np.zeros(len(manifest.classes), np.int64)
-    with loader.epoch(0) as batches, tqdm(total=split.samples, desc=f"decoding {path.name}", unit="image") as bar:
+    with (
+        loader.epoch(0) as batches,
+        tqdm(total=split.samples, desc=f"decoding {path.name}", unit="image") as bar,
+    ):
         for batch in batches:
             labels = batch.labels.numpy()
             if labels.min() < 0 or labels.max() >= len(counts):
-                raise UserError(f"{path}: has labels that are none of the {len(counts)} classes in {NAME}; remove it and {REMEDY}")
+                raise UserError(
+                    f"{path}: has labels that are none of the {len(counts)} classes in {NAME}; remove it and {REMEDY}"
+                )
             counts += np.bincount(labels, minlength=len(counts))
             bar.update(len(labels))
     if tuple(counts.tolist()) != split.class_counts:
-        raise UserError(f"{path}: its images per class are not those in {NAME}; remove it and {REMEDY}")
+        raise UserError(
+            f"{path}: its images per class are not those in {NAME}; remove it and {REMEDY}"
+        )

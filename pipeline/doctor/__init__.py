@@ -26,8 +26,10 @@ class Wanted(NamedTuple):
     """What is to be checked beyond the machine itself."""
 
     runs: Path
-    data: Path | None = None  # folder of the recipe's prepared files
-    tracking: dict[str, str] = {}  # addresses of MLflow by where they stand
+    data: Path | None = None
+    """Folder of the recipe's prepared files."""
+    tracking: dict[str, str] = {}
+    """Addresses of MLflow by where they stand."""
 
 
 def main(runs: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> int:
@@ -109,7 +111,8 @@ def checks(
 def _check(name: str, probe: Callable[[], str], remedy: Callable[[str, str], str]) -> Check:
     try:
         return Check(name, State.OK, probe(), "")
-    except Exception as error:  # a failure of any kind is what this reports
+    except Exception as error:
+        # a failure of any kind is what this reports
         detail = machine.one_line(error)
         return Check(name, State.FAILED, detail, remedy(name, detail))
 

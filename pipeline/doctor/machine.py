@@ -19,12 +19,17 @@ from pipeline.caches import use_local_caches
 from pipeline.errors import UserError
 from pipeline.files import NETWORK_FILE_SYSTEMS, file_system
 
-SECONDS = 60.0  # for all checks together
-RUN_BYTES = 1e9  # a small run's checkpoints, export and pictures
-DATA_BYTES = 1e8  # of a small data set
-SHM_BYTES = 16e6  # semaphores; whether NCCL finds room there is the nccl check's to say
+# for all checks together
+SECONDS = 60.0
+# a small run's checkpoints, export and pictures
+RUN_BYTES = 1e9
+# of a small data set
+DATA_BYTES = 1e8
+# semaphores; whether NCCL finds room there is the nccl check's to say
+SHM_BYTES = 16e6
 CACHE_BYTES = 2e8
-MEMORY_BYTES = 2e9  # the imports of a training take 1 GB
+# the imports of a training take 1 GB
+MEMORY_BYTES = 2e9
 
 
 def seconds() -> float:
@@ -121,7 +126,8 @@ def data_folder(folder: Path) -> str:
         return f"{folder} is prepared"
     place, found = _room(folder, DATA_BYTES)
     with tempfile.TemporaryFile(dir=place) as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # with which writers keep each other out
+        # with which writers keep each other out
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return f"{folder} is not prepared yet; {found}"
 
 

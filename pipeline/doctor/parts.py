@@ -12,7 +12,8 @@ class State(Enum):
 
     OK = "ok"
     FAILED = "FAILED"
-    UNKNOWN = "unknown"  # no answer in time, or something that it builds upon has failed
+    # no answer in time, or something that it builds upon has failed
+    UNKNOWN = "unknown"
 
 
 class Check(NamedTuple):
@@ -20,11 +21,14 @@ class Check(NamedTuple):
 
     name: str
     state: State
-    detail: str  # what was found, or why it failed
-    remedy: str  # empty where another check's comes first
+    detail: str
+    """What was found, or why it failed."""
+    remedy: str
+    """Empty where another check's comes first."""
 
 
-BASE = ("torch", "torchvision", "timm")  # one process imports them once, for all others
+# one process imports them once, for all others
+BASE = ("torch", "torchvision", "timm")
 # Run beside each other; within one, one after another, as not everywhere may two processes share a
 # GPU.
 LANES = (("process group", "gpu", "nccl", "deepspeed", "kernels"), ("ffcv",), ("mlflow",))

@@ -194,7 +194,8 @@ def ffcv() -> str:
             path = Path(folder, "images", split, "class", f"{number}.png")
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
-        size = SIDE * 7 // 16  # half of the part that a central crop leaves
+        # half of the part that a central crop leaves
+        size = SIDE * 7 // 16
         data = {
             "source": "imagefolder",
             "path": f"{folder}/images",

@@ -24,11 +24,14 @@ class Surroundings(NamedTuple):
 
     # the command, with sudo where that is needed; empty where there is none, or no right to call it
     apt: str = ""
-    modules: bool = False  # environment modules, as on clusters
-    container: str = ""  # docker (or podman) or apptainer
+    modules: bool = False
+    """Environment modules, as on clusters."""
+    container: str = ""
+    """Docker (or podman) or apptainer."""
     # the project's own folder, with its Makefile, in contrast to an installed package
     checkout: bool = False
-    slurm: bool = False  # inside of a job
+    slurm: bool = False
+    """Inside of a job."""
 
 
 def surroundings(root: Path = Path("/"), checkout: Path = _ROOT) -> Surroundings:
@@ -59,7 +62,8 @@ def remedies(here: Surroundings) -> Callable[[str, str], str]:
             )
         if library := re.search(r"(lib[\w.+-]+\.so[\w.]*): cannot open shared object file", detail):
             return _library(library[1], here)
-        if "loopback interface" in detail:  # of any check that starts a process group
+        # of any check that starts a process group
+        if "loopback interface" in detail:
             name = "process group"
         known = {
             "python": _python(here),

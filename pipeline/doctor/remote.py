@@ -57,7 +57,8 @@ class Worker:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             pass_fds=[theirs],
-            start_new_session=True,  # so that all its children can be ended with it
+            # so that all its children can be ended with it
+            start_new_session=True,
         )
         os.close(theirs)
         assert self._process.stdin

@@ -17,7 +17,8 @@ def main() -> None:
     sys.path[:] = task["path"]
     pipe: int = task["pipe"]
     os.set_inheritable(pipe, False)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads would only be in each other's way
+    # more threads would only be in each other's way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     base = {"torch": torch, "torchvision": torchvision, "timm": timm}
     for name, probe in base.items():
         if name not in task["names"] or not tell(pipe, name, probe):

@@ -1,7 +1,9 @@
-"""Results that are computed once: one file for each metric and method, found again by what decides its numbers.
+"""Results that are computed once: one file for each metric and method, found again by what decides
+its numbers.
 
-That is the weights and the architecture, the evaluated images, and the settings of the metric. A training epoch is no part of it: two
-runs with the same name, or one run trained on, never share a result.
+That is the weights and the architecture, the evaluated images, and the settings of the metric. A
+training epoch is no part of it: two runs with the same name, or one run trained on, never share a
+result.
 """
 
 import hashlib
@@ -15,22 +17,31 @@ from pipeline.data.manifest import open_manifest
 from pipeline.files import write_atomically
 from pipeline.recipe.schema import DataRecipe
 
-VERSION = 1  # of the metrics' definitions: a change of one makes stored results unfit
+# of the metrics' definitions: a change of one makes stored results unfit
+VERSION = 1
 Row = dict[str, str | float | int]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one metric says of one method: values by metric name, and the rows that its table and figure show."""
+    """What one metric says of one method: values by metric name, and the rows that its table and
+    figure show.
+    """
 
     values: dict[str, float]
     rows: list[Row]
 
 
 def identify(export: Path, data: DataRecipe) -> dict[str, str]:
-    """SHA-256 of the exported weights, of the export's description of its model, and of the images evaluated."""
+    """SHA-256 of the exported weights, of the export's description of its model, and of the images
+    evaluated.
+    """
     validation = open_manifest(data.folder).splits["val"].file
-    return {"weights": _sha256(export / "model.safetensors"), "model": _model(export), "data": _sha256(data.folder / validation)}
+    return {
+        "weights": _sha256(export / "model.safetensors"),
+        "model": _model(export),
+        "data": _sha256(data.folder / validation),
+    }
 
 
 class ResultStore:
@@ -46,9 +57,17 @@ class ResultStore:
 
     def put(self, metric: str, method: str, settings: Mapping[str, Any], result: Result) -> None:
         """Store ``result``; it is there whole or not at all."""
-        about = {"metric": metric, "method": method, "settings": dict(settings), **self.identity, "version": VERSION}
+        about = {
+            "metric": metric,
+            "method": method,
+            "settings": dict(settings),
+            **self.identity,
+            "version": VERSION,
+        }
         content = {**about, "values": result.values, "rows": result.rows}
-        write_atomically(self._path(metric, method, settings), json.dumps(content, indent=1).encode())
+        write_atomically(
+            self._path(metric, method, settings), json.dumps(content, indent=1).encode()
+        )
 
     def known(self) -> dict[tuple[str, str], Result]:
         """By metric and method the result stored last, whatever its settings."""
@@ -60,8 +79,13 @@ class ResultStore:
         return results
 
     def _path(self, metric: str, method: str, settings: Mapping[str, Any]) -> Path:
-        decides = json.dumps([metric, method, dict(settings), self.identity, VERSION], sort_keys=True)
-        return self.folder / f"{metric}-{method}-{hashlib.sha256(decides.encode()).hexdigest()[:16]}.json"
+        decides = json.dumps(
+            [metric, method, dict(settings), self.identity, VERSION], sort_keys=True
+        )
+        return (
+            self.folder
+            / f"{metric}-{method}-{hashlib.sha256(decides.encode()).hexdigest()[:16]}.json"
+        )
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -72,7 +96,9 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _model(export: Path) -> str:
-    """Of the parts of config.json that say which function the weights are: temperature and classes among them."""
+    """Of the parts of config.json that say which function the weights are: temperature and classes
+    among them.
+    """
     config = json.loads((export / "config.json").read_text())
     decides = {key: config.get(key) for key in ("architecture", "num_classes", "model_args")}
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,8 @@
-"""What an evaluation is about: a model and a split, the predictions all metrics share, and images by their numbers.
+"""What an evaluation is about: a model and a split, the predictions all metrics share, and images
+by their numbers.
 
-Every image counts exactly once for any number of processes. Properties that need all processes are computed by all of them
-together, the first time a metric asks.
+Every image counts exactly once for any number of processes. Properties that need all processes are
+computed by all of them together, the first time a metric asks.
 """
 
 import math
@@ -27,8 +28,10 @@ class Predictions(NamedTuple):
 
     labels: Tensor  # (N,) int64
     predictions: Tensor  # (N,) int64
-    label_logits: Tensor  # (N,) logit of each sample's own label
-    sums: Tensor  # (3,): loss, top-1 hits, top-5 hits, over all images of all processes
+    label_logits: Tensor
+    """(N,) logit of each sample's own label."""
+    sums: Tensor
+    """(3,): loss, top-1 hits, top-5 hits, over all images of all processes."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Subject:
     recipe: Recipe
     loader: EpochLoader
     world: World
-    _grids: dict[int, Tensor] = field(default_factory=dict)  # chosen so far, by side
+    _grids: dict[int, Tensor] = field(default_factory=dict)
+    """Chosen so far, by side."""
 
     @cached_property
     def predicted(self) -> Predictions:
@@ -50,12 +54,20 @@ class Subject:
     def layers(self) -> list[Layer]:
         """The layers that can be explained, from the output back to the input."""
         size = self.recipe.data.evaluated_size
-        return explainable_layers(self.model, torch.zeros(1, 3, size, size, device=self.world.device))
+        return explainable_layers(
+            self.model, torch.zeros(1, 3, size, size, device=self.world.device)
+        )
 
     def grids(self, n: int) -> Tensor:
-        """Samples (G, n²) of the n x n grids of the pointing game, the same for every method. Every process must ask."""
+        """Samples (G, n²) of the n x n grids of the pointing game, the same for every method. Every
+        process must ask.
+        """
         if n not in self._grids:
-            predicted, generator, wanted = self.predicted, torch.Generator().manual_seed(self.recipe.seed), self.recipe.evaluation.grids
+            predicted, generator, wanted = (
+                self.predicted,
+                torch.Generator().manual_seed(self.recipe.seed),
+                self.recipe.evaluation.grids,
+            )
             about = (predicted.label_logits, predicted.labels, predicted.predictions)
             chosen = choose_grids(*about, n, wanted, generator) if self.world.is_main else None
             self._grids[n] = gather_across_ranks(chosen)[0]
@@ -66,20 +78,31 @@ class Subject:
         return torch.arange(self.world.rank, min(count, self.loader.samples), self.world.size)
 
     def select(self, samples: Tensor, size: int, what: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images in [0, 1] on the device, their numbers) of ``samples`` in that order, ``size`` at a time."""
+        """(images in [0, 1] on the device, their numbers) of ``samples`` in that order, ``size`` at
+        a time.
+        """
         with self.loader.select(samples.numpy()) as batches:
             images = (image for batch in batches for image in batch.images)
-            for begin in self.progress(range(0, len(samples), size), math.ceil(len(samples) / size), what):
+            for begin in self.progress(
+                range(0, len(samples), size), math.ceil(len(samples) / size), what
+            ):
                 numbers = samples[begin : begin + size]
-                yield unit_range(torch.stack([next(images) for _ in numbers]), self.world.device), numbers
+                yield (
+                    unit_range(torch.stack([next(images) for _ in numbers]), self.world.device),
+                    numbers,
+                )
 
     def progress(self, iterable, total: int, what: str):
         """``iterable`` with a bar on the main process's stderr."""
         return tqdm(iterable, total=total, desc=what, leave=False, disable=not self.world.is_main)
 
     def pool(self, mine: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """Of each entry of ``mine``, a list of pieces (n,), the pieces of all processes as one tensor."""
-        parts = gather_across_ranks([torch.cat(list(pieces)) if pieces else torch.zeros(0) for pieces in mine])
+        """Of each entry of ``mine``, a list of pieces (n,), the pieces of all processes as one
+        tensor.
+        """
+        parts = gather_across_ranks(
+            [torch.cat(list(pieces)) if pieces else torch.zeros(0) for pieces in mine]
+        )
         return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
 
 
@@ -93,13 +116,26 @@ def _predict(subject: Subject) -> Predictions:
             labels = batch.labels.to(world.device)
             logits = subject.model(unit_range(batch.images, world.device)).float()
             ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-            loss = F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, logits.shape[1]).float(), reduction="sum")
+            loss = F.binary_cross_entropy_with_logits(
+                logits, F.one_hot(labels, logits.shape[1]).float(), reduction="sum"
+            )
             sums += torch.stack([loss.double(), ranked[:, 0].sum(), ranked.any(1).sum()])
             own = logits.gather(1, labels[:, None])[:, 0]
-            rows.append(torch.stack([batch.indices.double(), batch.labels.double(), logits.argmax(1).double().cpu(), own.double().cpu()]))
+            rows.append(
+                torch.stack(
+                    [
+                        batch.indices.double(),
+                        batch.labels.double(),
+                        logits.argmax(1).double().cpu(),
+                        own.double().cpu(),
+                    ]
+                )
+            )
     mine = torch.cat(rows, dim=1) if rows else torch.zeros(4, 0, dtype=torch.float64)
     table = torch.cat(gather_across_ranks(mine), dim=1)  # (4, N)
     table = table[:, table[0].argsort()]
     if table.shape[1] != loader.samples:
         raise RuntimeError(f"{table.shape[1]} of {loader.samples} images were evaluated")
-    return Predictions(table[1].long(), table[2].long(), table[3].float(), sum_across_ranks(sums).cpu())
+    return Predictions(
+        table[1].long(), table[2].long(), table[3].float(), sum_across_ranks(sums).cpu()
+    )

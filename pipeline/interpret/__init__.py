@@ -1,1 +1,3 @@
-"""Explanations of any model and the metrics on them; knows models by duck typing only (see ``explain.parts``)."""
+"""Explanations of any model and the metrics on them; knows models by duck typing only (see
+``explain.parts``).
+"""

@@ -1,11 +1,14 @@
-"""Attribution methods under one signature: the network's own contributions, and post-hoc methods from captum to compare with.
+"""Attribution methods under one signature: the network's own contributions, and post-hoc methods
+from captum to compare with.
 
-Conventions of Böhle, Fritz, Schiele, arXiv 2109.13004 and its official code: every method attributes to what the network reads (for
-CoDA networks the six-channel encoding), keeps signs, and is summed over channels to one map; integrated gradients takes 20 steps from
-black; GradCAM has a ReLU and sits at the layer before the pooling; occlusion blanks windows of 5 or 9 pixels, 2 pixels apart, in all
-channels. LIME (Ribeiro et al., arXiv 1602.04938) fits a ridge regression to 256 images in which each superpixel is blanked half of the
-time. Post-hoc methods see the network as it is, dynamic weights included, and not in explanation mode. captum and scikit-image are
-imported by the methods that need them: the network's own contributions need neither.
+Conventions of Böhle, Fritz, Schiele, arXiv 2109.13004 and its official code: every method
+attributes to what the network reads (for CoDA networks the six-channel encoding), keeps signs, and
+is summed over channels to one map; integrated gradients takes 20 steps from black; GradCAM has a
+ReLU and sits at the layer before the pooling; occlusion blanks windows of 5 or 9 pixels, 2 pixels
+apart, in all channels. LIME (Ribeiro et al., arXiv 1602.04938) fits a ridge regression to 256
+images in which each superpixel is blanked half of the time. Post-hoc methods see the network as it
+is, dynamic weights included, and not in explanation mode. captum and scikit-image are imported by
+the methods that need them: the network's own contributions need neither.
 """
 
 import warnings
@@ -21,9 +24,12 @@ from pipeline.interpret.contributions import Layer, explanation_mode, layer_cont
 
 INTEGRATION_STEPS = 20
 OCCLUSION_STRIDE = 2
-LIME_IMAGES = 256  # perturbed ones of each image
-SUPERPIXEL = 64  # pixels of one, about
-IMAGES_AT_ONCE = 64  # of one forward pass where a method varies each image many times
+# perturbed ones of each image
+LIME_IMAGES = 256
+# pixels of one, about
+SUPERPIXEL = 64
+# of one forward pass where a method varies each image many times
+IMAGES_AT_ONCE = 64
 
 
 class Encoded(nn.Module):
@@ -37,7 +43,8 @@ class Encoded(nn.Module):
         return parts(self.model).forward_encoded(encoded)
 
 
-# (network, encoded images (B, C, H, W), encoded black (B, C, H, W), targets (B, K)) -> (B, K, C, H, W)
+# (network, encoded images (B, C, H, W), encoded black (B, C, H, W), targets (B, K)) -> (B, K, C, H,
+# W)
 InputMethod = Callable[[Encoded, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -63,7 +70,10 @@ def _integrated_gradients(net: Encoded, encoded: Tensor, black: Tensor, targets:
     size = max(IMAGES_AT_ONCE, len(encoded))
     method = IntegratedGradients(net)
     return _each_class(
-        lambda target: method.attribute(encoded, black, target, n_steps=INTEGRATION_STEPS, internal_batch_size=size), targets
+        lambda target: method.attribute(
+            encoded, black, target, n_steps=INTEGRATION_STEPS, internal_batch_size=size
+        ),
+        targets,
     )
 
 
@@ -81,7 +91,9 @@ def _deep_lift(net: Encoded, encoded: Tensor, black: Tensor, targets: Tensor) ->
 
 def _occlusion(window: int) -> InputMethod:
     def attribute(net: Encoded, encoded: Tensor, black: Tensor, targets: Tensor) -> Tensor:
-        """All classes from the same forward passes: captum takes a function with several outputs per image."""
+        """All classes from the same forward passes: captum takes a function with several outputs
+        per image.
+        """
         from captum.attr import Occlusion
 
         channels = encoded.shape[1]
@@ -109,11 +121,18 @@ def superpixels(encoded: Tensor) -> Tensor:
 
 
 def _lime(net: Encoded, encoded: Tensor, black: Tensor, targets: Tensor) -> Tensor:
-    return torch.stack([_lime_of_image(net, image[None], classes) for image, classes in zip(encoded, targets, strict=True)])
+    return torch.stack(
+        [
+            _lime_of_image(net, image[None], classes)
+            for image, classes in zip(encoded, targets, strict=True)
+        ]
+    )
 
 
 def _lime_of_image(net: Encoded, encoded: Tensor, classes: Tensor) -> Tensor:
-    """(K, C, H, W) of one image (1, C, H, W). All classes see the same perturbed images, so these pass the network once."""
+    """(K, C, H, W) of one image (1, C, H, W). All classes see the same perturbed images, so these
+    pass the network once.
+    """
     from captum._utils.models.linear_model import SkLearnRidge
     from captum.attr import Lime
 
@@ -133,7 +152,9 @@ def _lime_of_image(net: Encoded, encoded: Tensor, classes: Tensor) -> Tensor:
             return torch.bernoulli(halves, generator=generator).to(encoded.device).long()
 
         fit = Lime(forward, interpretable_model=SkLearnRidge(alpha=1.0), perturb_func=keep)
-        options = dict(feature_mask=segments, n_samples=LIME_IMAGES, perturbations_per_eval=IMAGES_AT_ONCE)
+        options = dict(
+            feature_mask=segments, n_samples=LIME_IMAGES, perturbations_per_eval=IMAGES_AT_ONCE
+        )
         terms.append(fit.attribute(encoded, baselines=0, **options)[0])
     return torch.stack(terms)
 
@@ -152,7 +173,8 @@ METHODS = ("contributions", *INPUT_METHODS, "gradcam")
 NEED_RELU = ("guided_backprop", "deep_lift")
 # What captum says of models that DeepLift cannot read.
 DEEP_LIFT_REFUSES = ("required for DeepLift", "maxpool modul", "is being modified inplace")
-BY_LAYER = ("contributions", "input_x_gradient", "gradcam")  # methods that are defined at intermediate layers
+# methods that are defined at intermediate layers
+BY_LAYER = ("contributions", "input_x_gradient", "gradcam")
 
 
 def check_method(model: nn.Module, method: str) -> None:
@@ -166,12 +188,16 @@ def check_method(model: nn.Module, method: str) -> None:
 
 
 def own_place(method: str, layers: Sequence[Layer]) -> Layer:
-    """Where among ``explainable_layers`` a method makes its one map: before the pooling for GradCAM, else at the input."""
+    """Where among ``explainable_layers`` a method makes its one map: before the pooling for
+    GradCAM, else at the input.
+    """
     return layers[0] if method == "gradcam" else layers[-1]
 
 
 def places(method: str, layers: Sequence[Layer]) -> list[Layer]:
-    """The ones of ``layers`` at which ``method`` is defined: GradCAM pools the gradients of a layer, and the input is none."""
+    """The ones of ``layers`` at which ``method`` is defined: GradCAM pools the gradients of a
+    layer, and the input is none.
+    """
     if method not in BY_LAYER:
         return [layer for layer in layers if layer.name is None]
     return [layer for layer in layers if layer.name is not None or method != "gradcam"]
@@ -204,9 +230,14 @@ def attribution_maps(
         explanation_mode(model, fixed_weights=False),
         warnings.catch_warnings(),
     ):
-        warnings.filterwarnings("ignore", module="captum")  # it announces hooks that it removes again
+        # it announces hooks that it removes again
+        warnings.filterwarnings("ignore", module="captum")
         net = Encoded(model)
-        encoded, black, targets = encode(images).detach().clone(), encode(torch.zeros_like(images)).detach(), targets.clone()
+        encoded, black, targets = (
+            encode(images).detach().clone(),
+            encode(torch.zeros_like(images)).detach(),
+            targets.clone(),
+        )
         maps: dict[str | None, Tensor] = {}
         for layer in layers:
             if layer is None:
@@ -223,16 +254,27 @@ def _at_input(method: str, net: Encoded, encoded: Tensor, black: Tensor, targets
         if method != "deep_lift" or not any(words in str(error) for words in DEEP_LIFT_REFUSES):
             raise
         reason = str(error).splitlines()[0]
-        raise UserError(f"method deep_lift cannot read this model ({reason}); leave it out") from error
+        raise UserError(
+            f"method deep_lift cannot read this model ({reason}); leave it out"
+        ) from error
 
 
-def _at_layer(method: str, net: Encoded, module: nn.Module, encoded: Tensor, targets: Tensor) -> Tensor:
+def _at_layer(
+    method: str, net: Encoded, module: nn.Module, encoded: Tensor, targets: Tensor
+) -> Tensor:
     """(B, K, C, h, w) of a method of BY_LAYER at the output of ``module``; C is 1 for GradCAM."""
     from captum.attr import LayerGradCam, LayerGradientXActivation
 
     if method == "gradcam":
-        return _each_class(lambda target: LayerGradCam(net, module).attribute(encoded, target, relu_attributions=True), targets)
-    return _each_class(lambda target: LayerGradientXActivation(net, module).attribute(encoded, target), targets)
+        return _each_class(
+            lambda target: LayerGradCam(net, module).attribute(
+                encoded, target, relu_attributions=True
+            ),
+            targets,
+        )
+    return _each_class(
+        lambda target: LayerGradientXActivation(net, module).attribute(encoded, target), targets
+    )
 
 
 def at_input_size(maps: Tensor, height: int, width: int) -> Tensor:

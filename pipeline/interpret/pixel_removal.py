@@ -1,6 +1,8 @@
-"""Pixel removal: how the probability of the true class changes while pixels are removed in the order of their importance.
+"""Pixel removal: how the probability of the true class changes while pixels are removed in the
+order of their importance.
 
-Source: Böhle, Fritz, Schiele, arXiv 2109.13004, "pixel removal metric". A good explanation's least important pixels can
+Source: Böhle, Fritz, Schiele, arXiv 2109.13004, "pixel removal metric". A good explanation's least
+    important pixels can
 all go without a loss of confidence; its most important ones cost it at once.
 """
 
@@ -22,10 +24,12 @@ def removal_curve(
     points: int = 129,
     first: Literal["least", "most"] = "least",
 ) -> Tensor:
-    """Probability of the target class with 0, step, 2·step, ... pixels removed; step = floor(fraction·H·W) // (points - 1).
+    """Probability of the target class with 0, step, 2·step, ... pixels removed; step =
+    floor(fraction·H·W) // (points - 1).
 
-    A removed pixel is 0 in all encoded channels, which no colour is (black is [0, 0, 0, 1, 1, 1]). Pixels are ordered by
-    signed importance; of equally important ones the first in row-major order goes first, in either direction.
+    A removed pixel is 0 in all encoded channels, which no colour is (black is [0, 0, 0, 1, 1, 1]).
+    Pixels are ordered by signed importance; of equally important ones the first in row-major order
+    goes first, in either direction.
 
     Args:
         predict: encoded images (B, C, H, W) -> logits (B, classes).
@@ -42,16 +46,23 @@ def removal_curve(
     """
     batch, _, height, width = encoded_images.shape
     if maps.shape != (batch, height, width):
-        raise ValueError(f"maps must be {(batch, height, width)}, summed over channels, got {tuple(maps.shape)}")
+        raise ValueError(
+            f"maps must be {(batch, height, width)}, summed over channels, got {tuple(maps.shape)}"
+        )
     if first not in ("least", "most"):
         raise ValueError(f"first must be 'least' or 'most', got {first!r}")
     if points < 2 or not 0 < fraction <= 1:
-        raise ValueError(f"a curve needs 2 points or more and a fraction in (0, 1], got points={points} and fraction={fraction}")
+        raise ValueError(
+            f"a curve needs 2 points or more and a fraction in (0, 1], got points={points} and fraction={fraction}"
+        )
     step = int(fraction * height * width) // (points - 1)
     if step == 0:
-        raise ValueError(f"{fraction:.0%} of {height}x{width} pixels are fewer than the {points - 1} steps of the curve")
+        raise ValueError(
+            f"{fraction:.0%} of {height}x{width} pixels are fewer than the {points - 1} steps of the curve"
+        )
     order = maps.flatten(1).argsort(dim=1, descending=first == "most", stable=True)
-    rank = order.argsort(dim=1).view(batch, 1, height, width)  # place of each pixel in the order of removal
+    # place of each pixel in the order of removal
+    rank = order.argsort(dim=1).view(batch, 1, height, width)
     curve = []
     for removed in range(0, points * step, step):
         logits = predict(encoded_images.masked_fill(rank < removed, 0))

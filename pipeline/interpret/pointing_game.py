@@ -1,6 +1,7 @@
 """Grid pointing game: does the explanation of a class point to the tile that shows it?
 
-Source: Böhle, Fritz, Schiele, arXiv 2109.13004, "localisation metric", as in the official evaluation but for two things:
+Source: Böhle, Fritz, Schiele, arXiv 2109.13004, "localisation metric", as in the official
+    evaluation but for two things:
 sampling goes on while enough classes have images left, and grids are row-major. Chance is 1 / n².
 """
 
@@ -16,17 +17,21 @@ logger = logging.getLogger(__name__)
 def localisation_scores(maps: Tensor, n: int) -> Tensor:
     """Share of each map's positive mass that lies inside the cell of the class it explains.
 
-    Maps are scored at their own resolution. Where n does not divide a side, every position is first repeated n times along
-    it (nearest up-sampling), which splits a position between the cells it overlaps in proportion to the area.
+    Maps are scored at their own resolution. Where n does not divide a side, every position is first
+    repeated n times along it (nearest up-sampling), which splits a position between the cells it
+    overlaps in proportion to the area.
 
     Args:
-        maps: (G, n², n·h, n·w), already summed over channels; map k of a grid explains the class in cell k (row-major).
+        maps: (G, n², n·h, n·w), already summed over channels; map k of a grid explains the class in
+            cell k (row-major).
 
     Returns:
         (G, n²) shares in [0, 1]; 0 for a map without positive mass, NaN for a map with a NaN.
     """
     if maps.ndim != 4 or maps.shape[1] != n * n:
-        raise ValueError(f"maps of {n}x{n} grids must be (G, {n * n}, H, W), got {tuple(maps.shape)}")
+        raise ValueError(
+            f"maps of {n}x{n} grids must be (G, {n * n}, H, W), got {tuple(maps.shape)}"
+        )
     positive = maps.clamp(min=0)
     for side in (2, 3):
         if positive.shape[side] % n:
@@ -37,12 +42,20 @@ def localisation_scores(maps: Tensor, n: int) -> Tensor:
     return mass.diagonal(dim1=1, dim2=2) / torch.where(total == 0, 1, total)
 
 
-def choose_grids(label_logits: Tensor, labels: Tensor, predictions: Tensor, n: int, grids: int, generator: torch.Generator) -> Tensor:
+def choose_grids(
+    label_logits: Tensor,
+    labels: Tensor,
+    predictions: Tensor,
+    n: int,
+    grids: int,
+    generator: torch.Generator,
+) -> Tensor:
     """Choose which samples make up the grids.
 
-    A sample is eligible if it is classified correctly with sigmoid(logit) > 0.5. Each grid draws n² different classes among
-    those with eligible samples left, and takes each one's next sample by descending logit (equal logits: lower index
-    first). No sample is used twice; drawing stops when fewer than n² classes are left, and a shortage is logged.
+    A sample is eligible if it is classified correctly with sigmoid(logit) > 0.5. Each grid draws n²
+    different classes among those with eligible samples left, and takes each one's next sample by
+    descending logit (equal logits: lower index first). No sample is used twice; drawing stops when
+    fewer than n² classes are left, and a shortage is logged.
 
     Args:
         label_logits: (N,) logit of each sample's own label.
@@ -56,12 +69,15 @@ def choose_grids(label_logits: Tensor, labels: Tensor, predictions: Tensor, n: i
     label_logits, labels, predictions = label_logits.cpu(), labels.cpu(), predictions.cpu()
     order = label_logits.argsort(descending=True, stable=True)
     order = order[(predictions[order] == labels[order]) & (label_logits[order] > 0)]
-    left = {int(label): order[labels[order] == label].tolist() for label in labels[order].unique()}  # unique sorts
+    # unique sorts
+    left = {int(label): order[labels[order] == label].tolist() for label in labels[order].unique()}
     confident = len(left)
     chosen: list[list[int]] = []
     while len(chosen) < grids and len(left) >= n * n:
         classes = list(left)
-        drawn = [classes[i] for i in torch.randperm(len(classes), generator=generator)[: n * n].tolist()]
+        drawn = [
+            classes[i] for i in torch.randperm(len(classes), generator=generator)[: n * n].tolist()
+        ]
         chosen.append([left[label].pop(0) for label in drawn])
         left = {label: samples for label, samples in left.items() if samples}
     if len(chosen) < grids:
@@ -91,5 +107,10 @@ def summary(scores: Tensor) -> Mapping[str, float]:
     if scores.numel() == 0:
         raise ValueError("no scores to summarise: no grid was made")
     pooled = scores.flatten().double()
-    quartiles = pooled.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device=pooled.device))
-    return {"mean": pooled.mean().item(), **dict(zip(("q25", "median", "q75"), quartiles.tolist(), strict=True))}
+    quartiles = pooled.quantile(
+        torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device=pooled.device)
+    )
+    return {
+        "mean": pooled.mean().item(),
+        **dict(zip(("q25", "median", "q75"), quartiles.tolist(), strict=True)),
+    }

@@ -1,4 +1,6 @@
-"""Pure CoDA networks (Böhle, Fritz, Schiele, arXiv 2109.13004, section 4): S and L as in the official code, XS, M and XL ours."""
+"""Pure CoDA networks (Böhle, Fritz, Schiele, arXiv 2109.13004, section 4): S and L as in the
+official code, XS, M and XL ours.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +19,8 @@ class CoDANet(CoDAStagedNet):
     Args:
         kernels, strides, units, ranks: of each layer but the classifier; padding is kernel // 2.
         head_rank, head_kernel: rank and kernel of the classifying layer.
-        rank: if given, the base rank; every rank is scaled by rank / ranks[0] (the official rank ablation).
+        rank: if given, the base rank; every rank is scaled by rank / ranks[0] (the official rank
+            ablation).
         coda_width: if given, units of the first layer; all are scaled by coda_width / units[0].
         norm: rescaling of the dynamic weights, see :class:`DAUConv2d`.
         temperature, logit_bias: T and b0 of :class:`CoDAHead`.
@@ -44,7 +47,9 @@ class CoDANet(CoDAStagedNet):
         layers = {"kernels": kernels, "strides": strides, "units": units, "ranks": ranks}
         for name, sizes in layers.items():
             if isinstance(sizes, str) or not isinstance(sizes, Sequence):
-                raise ValueError(f"{name} is {sizes!r}; it must be a list of whole numbers, one for each layer")
+                raise ValueError(
+                    f"{name} is {sizes!r}; it must be a list of whole numbers, one for each layer"
+                )
             require_whole(**{f"{name}[{index}]": size for index, size in enumerate(sizes)})
         scales = {"rank": rank, "coda_width": coda_width}
         require_whole(**{name: size for name, size in scales.items() if size is not None})
@@ -52,13 +57,25 @@ class CoDANet(CoDAStagedNet):
         stages: dict[str, nn.Sequential] = {}
         info: list[dict[str, Any]] = []
         channels, reduction = 2 * in_chans, 1
-        for kernel, stride, out, layer_rank in zip(kernels, strides, _scaled(units, coda_width), layer_ranks, strict=True):
+        for kernel, stride, out, layer_rank in zip(
+            kernels, strides, _scaled(units, coda_width), layer_ranks, strict=True
+        ):
             reduction *= stride
             if stride > 1 or not stages:
                 stages[f"stage{len(stages) + 1}"] = nn.Sequential()
                 info.append({})
             name, stage = list(stages.items())[-1]
-            stage.append(DAUConv2d(channels, out, kernel, stride=stride, padding=kernel // 2, rank=layer_rank, norm=norm))
+            stage.append(
+                DAUConv2d(
+                    channels,
+                    out,
+                    kernel,
+                    stride=stride,
+                    padding=kernel // 2,
+                    rank=layer_rank,
+                    norm=norm,
+                )
+            )
             info[-1] = dict(num_chs=out, reduction=reduction, module=name)
             channels = out
         super().__init__(
@@ -76,8 +93,12 @@ class CoDANet(CoDAStagedNet):
 
 
 def _scaled(sizes: Sequence[int], first: int | None) -> list[int]:
-    """``sizes`` in proportion, starting with ``first``, at least 1 each; as they are if ``first`` is None."""
-    return list(sizes) if first is None else [max(1, round(size * first / sizes[0])) for size in sizes]
+    """``sizes`` in proportion, starting with ``first``, at least 1 each; as they are if ``first``
+    is None.
+    """
+    return (
+        list(sizes) if first is None else [max(1, round(size * first / sizes[0])) for size in sizes]
+    )
 
 
 default_cfgs = generate_default_cfgs(
@@ -93,7 +114,9 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def coda_xs(pretrained: bool = False, **kwargs: Any) -> CoDANet:
-    """XS-CoDA, ours, for short trainings on 32x32 images: six wide layers of low rank, two at half the resolution, four at a quarter."""
+    """XS-CoDA, ours, for short trainings on 32x32 images: six wide layers of low rank, two at half
+    the resolution, four at a quarter.
+    """
     sizes = dict(
         kernels=[5, 3, 3, 3, 3],
         strides=[2, 1, 2, 1, 1],
@@ -133,7 +156,9 @@ def coda_m(pretrained: bool = False, **kwargs: Any) -> CoDANet:
 
 @register_model
 def coda_l(pretrained: bool = False, **kwargs: Any) -> CoDANet:
-    """L-CoDA of the official code, for 100 classes of ImageNet at 240x240; its classifying layer is 3x3."""
+    """L-CoDA of the official code, for 100 classes of ImageNet at 240x240; its classifying layer is
+    3x3.
+    """
     sizes = dict(
         kernels=[7, *[3] * 7],
         strides=[3, 1, 1, 2, 1, 1, 2, 1],

@@ -1,4 +1,6 @@
-"""What pure CoDA networks and hybrids share: the image's encoding, the start of the DAUs, the head (arXiv 2109.13004, section 4)."""
+"""What pure CoDA networks and hybrids share: the image's encoding, the start of the DAUs, the head
+(arXiv 2109.13004, section 4).
+"""
 
 import math
 from typing import Any
@@ -11,24 +13,31 @@ from pipeline.models.dau import DAUConv2d, Norm
 from pipeline.models.pretrained import adapt_checkpoint
 from pipeline.models.staged import StagedNet, build
 
-LOGIT_BIAS = math.log(0.1 / 0.9)  # an untrained network says "10 %" for every class
+# an untrained network says "10 %" for every class
+LOGIT_BIAS = math.log(0.1 / 0.9)
 
-register_notrace_module(DAUConv2d)  # a leaf of torch.fx graphs: its loops depend on shapes
+# a leaf of torch.fx graphs: its loops depend on shapes
+register_notrace_module(DAUConv2d)
 
 
 def encode(images: Tensor) -> Tensor:
-    """[x, 1 - x] (B, 2 C, H, W) of images (B, C, H, W) in [0, 1], for RGB [r, g, b, 1-r, 1-g, 1-b]: black is as visible as white."""
+    """[x, 1 - x] (B, 2 C, H, W) of images (B, C, H, W) in [0, 1], for RGB [r, g, b, 1-r, 1-g, 1-b]:
+    black is as visible as white.
+    """
     return torch.cat([images, 1 - images], dim=1)
 
 
 @torch.no_grad()
 def initialise(layer: DAUConv2d) -> None:
-    """Draw A, B and b so that the signal keeps its size through a chain of layers, whatever their rank and norm.
+    """Draw A, B and b so that the signal keeps its size through a chain of layers, whatever their
+    rank and norm.
 
-    A unit's output is at most |x|, and shrinks by the factor that g leaves of a random weight's norm; a chain of nine multiplies nine
-    of these. ``sq``: |b| = 3, hence |w| >= 3 at the start mostly, and g leaves |w|^2 / (1 + |w|^2) = 0.9 of it. ``wb``: a random A with
-    a random z has |A z| near |A| |z| / sqrt(rank); so the columns of A, and the rows of B, start as one common vector plus as much
-    noise, which gives |A z| near |A| |z| / 2. Ours; docs/models.md has the measurement.
+    A unit's output is at most |x|, and shrinks by the factor that g leaves of a random weight's
+    norm; a chain of nine multiplies nine of these. ``sq``: |b| = 3, hence |w| >= 3 at the start
+    mostly, and g leaves |w|^2 / (1 + |w|^2) = 0.9 of it. ``wb``: a random A with a random z has |A
+    z| near |A| |z| / sqrt(rank); so the columns of A, and the rows of B, start as one common vector
+    plus as much noise, which gives |A z| near |A| |z| / 2. Ours; docs/models.md has the
+    measurement.
     """
     fan_in, rank = layer.up_weight.shape[1:]
     layer.down.reset_parameters()
@@ -45,19 +54,21 @@ def initialise(layer: DAUConv2d) -> None:
 
 
 class CoDAHead(nn.Module):
-    """One dynamic alignment unit per class on every position, summed over positions: logit = sum / T + b0.
+    """One dynamic alignment unit per class on every position, summed over positions: logit = sum /
+    T + b0.
 
     Args:
         in_channels, num_classes: num_classes 0 leaves mean-pooled features.
-        width: if given and the features have more channels, a 1x1 DAU first reduces them to as many (the classifying DAU alone
-            would have in_channels * rank parameters per class).
+        width: if given and the features have more channels, a 1x1 DAU first reduces them to as many
+            (the classifying DAU alone would have in_channels * rank parameters per class).
         kernel: of the classifying DAU; padding is kernel // 2.
         rank, norm: of these DAUs.
         temperature: T > 0; higher asks for more alignment.
         logit_bias: b0, the same for all classes.
         pool_type: "sum" for logits, "" to keep the map of outputs per position.
 
-    Shape: (B, in_channels, H, W) -> (B, num_classes), with ``pool_type=""`` (B, num_classes, H, W) before T and b0.
+    Shape: (B, in_channels, H, W) -> (B, num_classes), with ``pool_type=""`` (B, num_classes, H, W)
+        before T and b0.
     """
 
     def __init__(
@@ -75,20 +86,29 @@ class CoDAHead(nn.Module):
     ):
         super().__init__()
         if pool_type not in ("sum", ""):
-            raise ValueError(f"global_pool is {pool_type!r}; a CoDA head pools by 'sum', or '' for none")
+            raise ValueError(
+                f"global_pool is {pool_type!r}; a CoDA head pools by 'sum', or '' for none"
+            )
         self.pool_type, self.temperature, self.logit_bias = pool_type, temperature, logit_bias
         self.reduce: nn.Module = nn.Identity()
         self.classifier: nn.Module = nn.Identity()
         if num_classes:
             if width and in_channels > width:
-                self.reduce, in_channels = DAUConv2d(in_channels, width, 1, rank=rank, norm=norm), width
-            self.classifier = DAUConv2d(in_channels, num_classes, kernel, padding=kernel // 2, rank=rank, norm=norm)
+                self.reduce, in_channels = (
+                    DAUConv2d(in_channels, width, 1, rank=rank, norm=norm),
+                    width,
+                )
+            self.classifier = DAUConv2d(
+                in_channels, num_classes, kernel, padding=kernel // 2, rank=rank, norm=norm
+            )
 
     def forward(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         if pre_logits or isinstance(self.classifier, nn.Identity):
             return features.mean((2, 3)) if self.pool_type else features
         outputs = self.classifier(self.reduce(features))
-        return outputs.sum((2, 3)) / self.temperature + self.logit_bias if self.pool_type else outputs
+        return (
+            outputs.sum((2, 3)) / self.temperature + self.logit_bias if self.pool_type else outputs
+        )
 
 
 class CoDAStagedNet(StagedNet):
@@ -108,10 +128,16 @@ class CoDAStagedNet(StagedNet):
         if not isinstance(temperature, int | float) or not temperature > 0:
             raise ValueError(f"temperature is {temperature!r}; it must be a positive number")
         self._head_args: dict[str, Any] = dict(
-            width=head_width, kernel=head_kernel, rank=head_rank, norm=norm, temperature=temperature, logit_bias=logit_bias
+            width=head_width,
+            kernel=head_kernel,
+            rank=head_rank,
+            norm=norm,
+            temperature=temperature,
+            logit_bias=logit_bias,
         )
         super().__init__(*args, **kwargs)
-        self._traits = dict(first_conv=None)  # `adapt_checkpoint` adapts weights to other input channels, not timm
+        # `adapt_checkpoint` adapts weights to other input channels, not timm
+        self._traits = dict(first_conv=None)
         for name in self.stage_names:
             for module in self.get_submodule(name).modules():
                 if isinstance(module, DAUConv2d):
@@ -131,7 +157,9 @@ class CoDAStagedNet(StagedNet):
         return encode(images)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that timm's optimiser factory must not decay: the biases of the dynamic weights, matrices though they are."""
+        """Parameters that timm's optimiser factory must not decay: the biases of the dynamic
+        weights, matrices though they are.
+        """
         return {name for name, _ in self.named_parameters() if name.endswith("up_bias")}
 
     def new_head(self, num_classes: int, global_pool: str) -> nn.Module:
@@ -142,17 +170,36 @@ class CoDAStagedNet(StagedNet):
         return head
 
 
-def build_coda(cls: type[CoDAStagedNet], name: str, pretrained: bool, levels: int, sizes: dict[str, Any], options: dict[str, Any]) -> Any:
-    """A network of ``sizes``, changed by the caller's ``options``; with ``pretrained`` weights it needs no pretrained_backbone."""
+def build_coda(
+    cls: type[CoDAStagedNet],
+    name: str,
+    pretrained: bool,
+    levels: int,
+    sizes: dict[str, Any],
+    options: dict[str, Any],
+) -> Any:
+    """A network of ``sizes``, changed by the caller's ``options``; with ``pretrained`` weights it
+    needs no pretrained_backbone.
+    """
     if pretrained:
         options = {key: value for key, value in options.items() if key != "pretrained_backbone"}
-    return build(cls, name, pretrained, levels, pretrained_filter_fn=adapt_checkpoint, **{**sizes, **options})
+    return build(
+        cls, name, pretrained, levels, pretrained_filter_fn=adapt_checkpoint, **{**sizes, **options}
+    )
 
 
-def default_cfg(size: int, reduction: int, classes: int, first_conv: str, classifier: str = "head.classifier.down") -> dict[str, Any]:
-    """timm's description of a model that has no published weights: square input of ``size`` pixels, [0, 1] RGB.
+def default_cfg(
+    size: int,
+    reduction: int,
+    classes: int,
+    first_conv: str,
+    classifier: str = "head.classifier.down",
+) -> dict[str, Any]:
+    """timm's description of a model that has no published weights: square input of ``size`` pixels,
+    [0, 1] RGB.
 
-    ``first_conv`` and ``classifier`` name modules that have a ``weight``; of a DAU that is its projection B.
+    ``first_conv`` and ``classifier`` name modules that have a ``weight``; of a DAU that is its
+    projection B.
     """
     return dict(
         num_classes=classes,

@@ -1,11 +1,13 @@
-"""Weights from elsewhere: a timm ResNet for the conventional part of a hybrid, and checkpoints for other channels or classes.
+"""Weights from elsewhere: a timm ResNet for the conventional part of a hybrid, and checkpoints for
+other channels or classes.
 
 A pretrained ResNet reads (x - mean) / std; a hybrid reads [x, 1 - x]. Since
 
     w (x - mean) / std  =  [w (1 - mean) / std] x  -  [w mean / std] (1 - x),
 
-a first convolution with these two halves gives the same output for every image. It does so at the borders, too: there the ResNet
-pads its normalised image with 0, and the hybrid both halves of its encoding.
+a first convolution with these two halves gives the same output for every image. It does so at the
+borders, too: there the ResNet pads its normalised image with 0, and the hybrid both halves of its
+encoding.
 """
 
 from pathlib import Path
@@ -22,7 +24,15 @@ from torch import Tensor, nn
 State = dict[str, Tensor]
 FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 # What torch, safetensors, timm and the hub raise on weights that are damaged or cannot be fetched.
-UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, UnpicklingError, SafetensorError)
+UNREADABLE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    UnpicklingError,
+    SafetensorError,
+)
 FIRST = "stem.conv1.weight"
 
 
@@ -30,10 +40,11 @@ def load_backbone(model: nn.Module, source: str, conv_stages: int) -> None:
     """Copy stem and conventional stages from a ResNet, with its normalisation statistics.
 
     Args:
-        model: a hybrid whose parameters are named stem.conv1, stem.bn1, stage1, ...; in_chans other than 3 is adapted as
-            timm does.
-        source: name of a timm model, such as "resnet50.a1_in1k", that timm fetches; or a file (.safetensors, .pth) of such a model,
-            taken to have ImageNet's mean and std, or of this project's `resnet20` or `resnet56`, which read [0, 1].
+        model: a hybrid whose parameters are named stem.conv1, stem.bn1, stage1, ...; in_chans other
+            than 3 is adapted as timm does.
+        source: name of a timm model, such as "resnet50.a1_in1k", that timm fetches; or a file
+            (.safetensors, .pth) of such a model, taken to have ImageNet's mean and std, or of this
+            project's `resnet20` or `resnet56`, which read [0, 1].
         conv_stages: stages to copy.
 
     Raises:
@@ -48,7 +59,9 @@ def load_backbone(model: nn.Module, source: str, conv_stages: int) -> None:
     for key, value in wanted.items():
         if key not in state or state[key].shape != value.shape:
             found = f"has {tuple(state[key].shape)}" if key in state else "is missing"
-            raise ValueError(f"pretrained_backbone {source!r} does not fit: {key} {found}, this model needs {tuple(value.shape)}")
+            raise ValueError(
+                f"pretrained_backbone {source!r} does not fit: {key} {found}, this model needs {tuple(value.shape)}"
+            )
     model.load_state_dict({key: state[key] for key in wanted}, strict=False)
 
 
@@ -56,45 +69,66 @@ def _read(source: str) -> tuple[State, tuple[float, ...], tuple[float, ...]]:
     """Weights under this project's names, and the mean and std of the images they were trained on."""
     is_file = Path(source).suffix in FILES or Path(source).exists()
     if not is_file and not timm.is_model(source):
-        raise ValueError(f"pretrained_backbone {source!r} is neither a file ({', '.join(FILES[:2])}) nor a timm model such as 'resnet50'")
+        raise ValueError(
+            f"pretrained_backbone {source!r} is neither a file ({', '.join(FILES[:2])}) nor a timm model such as 'resnet50'"
+        )
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     try:
         if is_file:
             state = load_state_dict(source)
         else:
             pretrained: Any = timm.create_model(source, pretrained=True)
-            state, mean, std = pretrained.state_dict(), pretrained.pretrained_cfg["mean"], pretrained.pretrained_cfg["std"]
+            state, mean, std = (
+                pretrained.state_dict(),
+                pretrained.pretrained_cfg["mean"],
+                pretrained.pretrained_cfg["std"],
+            )
     except UNREADABLE as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"pretrained_backbone {source!r} cannot be read: {reason}") from error
-    if FIRST in state:  # this project's own ResNets read images in [0, 1]
+    # this project's own ResNets read images in [0, 1]
+    if FIRST in state:
         return dict(state), (0.0,) * 3, (1.0,) * 3
     return {_renamed(key): value for key, value in state.items()}, tuple(mean), tuple(std)
 
 
 def _renamed(key: str) -> str:
-    """timm's name of a ResNet's parameter as this project's: conv1 and bn1 are in the stem, layer1 is stage1."""
+    """timm's name of a ResNet's parameter as this project's: conv1 and bn1 are in the stem, layer1
+    is stage1.
+    """
     return f"stem.{key}" if key.startswith(("conv1.", "bn1.")) else key.replace("layer", "stage", 1)
 
 
 def _on_encoding(weight: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Convolution (O, C, k, k) on (x - mean) / std as one (O, 2 C, k, k) on [x, 1 - x]."""
-    mu, sigma = (torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in (mean, std))
+    mu, sigma = (
+        torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in (mean, std)
+    )
     return torch.cat([weight * (1 - mu) / sigma, -weight * mu / sigma], dim=1).to(weight.dtype)
 
 
 def _adapt_halves(weight: Tensor, in_chans: int) -> Tensor:
-    """(O, 2 C, i, j) for C image channels as (O, 2 in_chans, i, j), each half by timm's rule: summed for 1, repeated for more."""
-    return torch.cat([adapt_input_conv(in_chans, half, base_chans=half.shape[1]) for half in weight.chunk(2, dim=1)], dim=1)
+    """(O, 2 C, i, j) for C image channels as (O, 2 in_chans, i, j), each half by timm's rule:
+    summed for 1, repeated for more.
+    """
+    return torch.cat(
+        [
+            adapt_input_conv(in_chans, half, base_chans=half.shape[1])
+            for half in weight.chunk(2, dim=1)
+        ],
+        dim=1,
+    )
 
 
 def adapt_checkpoint(state: State, model: Any) -> State:
-    """timm's filter of a checkpoint of the same CoDA network: fits it to other input channels, and drops a foreign classifier.
+    """timm's filter of a checkpoint of the same CoDA network: fits it to other input channels, and
+    drops a foreign classifier.
 
-    The classifier, which as a DAU has three parameters, is dropped where timm would drop a linear one, and where its shape differs.
-    The first layer is exact for a convolution and grey images; a DAU's norm sees other weights, so it needs fine-tuning.
+    The classifier, which as a DAU has three parameters, is dropped where timm would drop a linear
+    one, and where its shape differs. The first layer is exact for a convolution and grey images; a
+    DAU's norm sees other weights, so it needs fine-tuning.
     """
     own = model.state_dict()
     classifier = {key for key in state if key.startswith("head.classifier.")}
@@ -104,13 +138,24 @@ def adapt_checkpoint(state: State, model: Any) -> State:
     first_layer = next(iter(own)).rpartition(".")[0] + "."
     adapted = {}
     for key, value in state.items():
-        if key.startswith(first_layer) and key in own and own[key].shape != value.shape and value.ndim > 1:
+        if (
+            key.startswith(first_layer)
+            and key in own
+            and own[key].shape != value.shape
+            and value.ndim > 1
+        ):
             if value.ndim == 4:
                 value = _adapt_halves(value, model.in_chans)
             elif own[key].shape[::2] == value.shape[::2]:
                 # A (O, d, r) and b (O, d) of a DAU, d ordered row, column, channel
                 taps = own[key].shape[1] // (2 * model.in_chans)
-                by_channel = value.reshape(len(value), taps, value.shape[1] // taps, -1).transpose(1, 2)
-                value = _adapt_halves(by_channel, model.in_chans).transpose(1, 2).reshape(own[key].shape)
+                by_channel = value.reshape(len(value), taps, value.shape[1] // taps, -1).transpose(
+                    1, 2
+                )
+                value = (
+                    _adapt_halves(by_channel, model.in_chans)
+                    .transpose(1, 2)
+                    .reshape(own[key].shape)
+                )
         adapted[key] = value
     return adapted

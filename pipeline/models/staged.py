@@ -1,4 +1,6 @@
-"""A classifier as a chain of stages and a head, with the methods that timm's users expect of every model."""
+"""A classifier as a chain of stages and a head, with the methods that timm's users expect of every
+model.
+"""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -13,11 +15,13 @@ from torch import Tensor, nn
 class StagedNet(nn.Module):
     """Stages, then a head. Takes images in [0, 1] without mean/std normalisation.
 
-    Subclasses override :meth:`encode` where the network reads another encoding of the image, and :meth:`new_head`.
+    Subclasses override :meth:`encode` where the network reads another encoding of the image, and
+    :meth:`new_head`.
 
     Args:
-        stages: the stages by name, in order; each is one feature level. "stem" and "stage1", "stage2", ... have a meaning in
-            :meth:`group_matcher` and :meth:`set_grad_checkpointing`.
+        stages: the stages by name, in order; each is one feature level. "stem" and "stage1",
+            "stage2", ... have a meaning in :meth:`group_matcher` and
+            :meth:`set_grad_checkpointing`.
         feature_info: timm's description of every stage: num_chs, reduction, module.
         num_classes: 0 for a headless feature extractor.
         in_chans: channels of the images.
@@ -29,7 +33,12 @@ class StagedNet(nn.Module):
     head: nn.Module
 
     def __init__(
-        self, stages: Mapping[str, nn.Sequential], feature_info: list[dict[str, Any]], num_classes: int, in_chans: int, global_pool: str
+        self,
+        stages: Mapping[str, nn.Sequential],
+        feature_info: list[dict[str, Any]],
+        num_classes: int,
+        in_chans: int,
+        global_pool: str,
     ):
         super().__init__()
         self.num_classes, self.in_chans = num_classes, in_chans
@@ -44,7 +53,8 @@ class StagedNet(nn.Module):
     def new_head(self, num_classes: int, global_pool: str) -> nn.Module:
         """A head from ``num_features`` channels to ``num_classes`` logits.
 
-        Its attribute ``classifier`` holds the layer that gives one output per class, ``pool_type`` the pooling.
+        Its attribute ``classifier`` holds the layer that gives one output per class, ``pool_type``
+        the pooling.
         """
         raise NotImplementedError
 
@@ -57,7 +67,9 @@ class StagedNet(nn.Module):
         return self._features(self.encode(images))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (B, num_classes) of ``features``, or with ``pre_logits`` pooled features (B, num_features)."""
+        """Logits (B, num_classes) of ``features``, or with ``pre_logits`` pooled features (B,
+        num_features).
+        """
         return self.head(features, pre_logits=pre_logits)
 
     def forward_encoded(self, encoded: Tensor) -> Tensor:
@@ -75,7 +87,8 @@ class StagedNet(nn.Module):
 
     def _stage(self, name: str, x: Tensor) -> Tensor:
         stage = getattr(self, name)
-        if self.grad_checkpointing and name != "stem":  # a stem's in-place activation must not be recomputed on its own
+        # a stem's in-place activation must not be recomputed on its own
+        if self.grad_checkpointing and name != "stem":
             return checkpoint_seq(stage, x)
         return stage(x)
 
@@ -102,13 +115,17 @@ class StagedNet(nn.Module):
         take, last = feature_take_indices(len(self.stage_names), indices)
         features = self.encode(x)
         intermediates = []
-        for index, name in enumerate(self.stage_names[: last + 1] if stop_early else self.stage_names):
+        for index, name in enumerate(
+            self.stage_names[: last + 1] if stop_early else self.stage_names
+        ):
             features = self._stage(name, features)
             if index in take:
                 intermediates.append(features)
         return intermediates if intermediates_only else (features, intermediates)
 
-    def prune_intermediate_layers(self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
         """Drop the stages (and the head) that ``indices`` do not need."""
         take, last = feature_take_indices(len(self.stage_names), indices)
         for name in self.stage_names[last + 1 :]:
@@ -124,14 +141,18 @@ class StagedNet(nn.Module):
         return self.head.get_submodule("classifier")
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head for ``num_classes``; 0 leaves a feature extractor. The pooling stays as it is if None."""
+        """A fresh head for ``num_classes``; 0 leaves a feature extractor. The pooling stays as it
+        is if None.
+        """
         self.num_classes = num_classes
         reference = next(self.parameters())
         pool = str(self.head.pool_type) if global_pool is None else global_pool
         self.head = self.new_head(num_classes, pool).to(reference).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks of the stages in the backward pass instead of keeping their activations."""
+        """Recompute the blocks of the stages in the backward pass instead of keeping their
+        activations.
+        """
         self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
@@ -139,11 +160,22 @@ class StagedNet(nn.Module):
         return {"stem": r"^stem", "blocks": r"^stage(\d+)" if coarse else r"^stage(\d+)\.(\d+)"}
 
 
-def build(cls: type[StagedNet], name: str, pretrained: bool, levels: int, *, device: Any = None, dtype: Any = None, **kwargs: Any) -> Any:
-    """timm's ``build_model_with_cfg`` for a staged network; ``device`` and ``dtype`` are those of its parameters.
+def build(
+    cls: type[StagedNet],
+    name: str,
+    pretrained: bool,
+    levels: int,
+    *,
+    device: Any = None,
+    dtype: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """timm's ``build_model_with_cfg`` for a staged network; ``device`` and ``dtype`` are those of
+    its parameters.
 
     Args:
-        levels: feature levels of ``features_only``, which goes through ``forward_intermediates`` and so encodes the image first.
+        levels: feature levels of ``features_only``, which goes through ``forward_intermediates``
+            and so encodes the image first.
         kwargs: of ``cls``, and what timm adds (``features_only``, ``pretrained_cfg_overlay``, ...).
     """
     feature_cfg = dict(feature_cls="getter", out_indices=tuple(range(levels)))

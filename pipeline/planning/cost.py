@@ -1,4 +1,5 @@
-"""What the networks cost: parameters, multiply-adds, memory for the backward pass, and CPU time beside the ResNet they come from.
+"""What the networks cost: parameters, multiply-adds, memory for the backward pass, and CPU time
+beside the ResNet they come from.
 
 All but the time is counted on the meta device, where tensors have shapes and no values.
 """
@@ -16,7 +17,13 @@ from tqdm import tqdm
 
 from pipeline.models.dau import DAUConv2d
 
-PURE_PEERS = {"coda_xs": "resnet20", "coda_s": "resnet20", "coda_m": "resnet20", "coda_l": "resnet18", "coda_xl": "resnet18"}
+PURE_PEERS = {
+    "coda_xs": "resnet20",
+    "coda_s": "resnet20",
+    "coda_m": "resnet20",
+    "coda_l": "resnet18",
+    "coda_xl": "resnet18",
+}
 
 
 @dataclass(frozen=True)
@@ -24,12 +31,16 @@ class Cost:
     """Of one image."""
 
     parameters: int
-    multiply_adds: int  # of a forward pass
-    activation_bytes: int  # kept from the forward for the backward pass
+    multiply_adds: int
+    """Of a forward pass."""
+    activation_bytes: int
+    """Kept from the forward for the backward pass."""
 
 
 def dau_multiply_adds(layer: DAUConv2d, positions: int) -> int:
-    """z = B x; A_o^T x with every unit's <., z> and <b_o, x>; and, where g needs |w_o|, R_o [z, 1] (see chunked.py)."""
+    """z = B x; A_o^T x with every unit's <., z> and <b_o, x>; and, where g needs |w_o|, R_o [z, 1]
+    (see chunked.py).
+    """
     units, fan_in, rank = layer.up_weight.shape
     biased = rank + (layer.up_bias is not None)
     per_unit = fan_in * biased + rank
@@ -47,7 +58,8 @@ def _multiply_adds(layer: nn.Module, output: Tensor) -> int:
 
 def cost(model: nn.Module, input_size: Sequence[int]) -> Cost:
     """Count ``model``, on the meta device, for one image of ``input_size`` (C, H, W)."""
-    saved: dict[int, Tensor] = {}  # by storage; holding the tensors keeps a storage's number from being used again
+    # by storage; holding the tensors keeps a storage's number from being used again
+    saved: dict[int, Tensor] = {}
     counted: list[int] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -59,17 +71,25 @@ def cost(model: nn.Module, input_size: Sequence[int]) -> Cost:
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, DAUConv2d | nn.Conv2d | nn.Linear) and id(module) not in inner:
-                hook = module.register_forward_hook(lambda layer, _, output: counted.append(_multiply_adds(layer, output)))
+                hook = module.register_forward_hook(
+                    lambda layer, _, output: counted.append(_multiply_adds(layer, output))
+                )
                 stack.callback(hook.remove)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
         model.train()(torch.empty(1, *input_size, device="meta"))
     own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
-    activations = sum(tensor.untyped_storage().nbytes() for number, tensor in saved.items() if number not in own)
-    return Cost(sum(parameter.numel() for parameter in model.parameters()), sum(counted), activations)
+    activations = sum(
+        tensor.untyped_storage().nbytes() for number, tensor in saved.items() if number not in own
+    )
+    return Cost(
+        sum(parameter.numel() for parameter in model.parameters()), sum(counted), activations
+    )
 
 
 def seconds(model: nn.Module, input_size: Sequence[int], repeats: int = 3) -> float:
-    """CPU time of a forward and backward pass on one image, the best of ``repeats`` after one to warm up; other processes do not count."""
+    """CPU time of a forward and backward pass on one image, the best of ``repeats`` after one to
+    warm up; other processes do not count.
+    """
     images = torch.rand(1, *input_size, generator=torch.Generator().manual_seed(0))
     model.train()
     times = []
@@ -81,16 +101,29 @@ def seconds(model: nn.Module, input_size: Sequence[int], repeats: int = 3) -> fl
 
 
 def peer(name: str) -> str:
-    """The plain ResNet that a network is compared with; pure networks with one for images of about their size."""
+    """The plain ResNet that a network is compared with; pure networks with one for images of about
+    their size.
+    """
     return PURE_PEERS.get(name) or name.removeprefix("coda_")
 
 
 def table(names: Sequence[str], *, timed: bool) -> str:
-    """Markdown table of ``names`` (of this family) at their default sizes, with a row for every junction; the default one is bold.
+    """Markdown table of ``names`` (of this family) at their default sizes, with a row for every
+    junction; the default one is bold.
 
-    Ratios are to the plain ResNet at the same input size and number of classes. With ``timed`` the last column is measured.
+    Ratios are to the plain ResNet at the same input size and number of classes. With ``timed`` the
+    last column is measured.
     """
-    header = ["model", "conv_stages", "parameters, M", "ratio", "multiply-adds, M", "ratio", "activations, MB / image", "ratio"]
+    header = [
+        "model",
+        "conv_stages",
+        "parameters, M",
+        "ratio",
+        "multiply-adds, M",
+        "ratio",
+        "activations, MB / image",
+        "ratio",
+    ]
     header += ["CPU time, ratio"] if timed else []
     rows = [header, ["---"] * len(header)]
     for name in tqdm(names, desc="counting", unit="network"):
@@ -115,8 +148,12 @@ def _junctions(default: Any) -> Iterator[tuple[dict[str, int], str]]:
     if not hasattr(default, "conv_stages"):
         yield {}, "–"
         return
-    for conv_stages in range(len(default.stage_names)):  # the stem is a stage, too
-        yield {"conv_stages": conv_stages}, f"**{conv_stages}**" if conv_stages == default.conv_stages else str(conv_stages)
+    # the stem is a stage, too
+    for conv_stages in range(len(default.stage_names)):
+        yield (
+            {"conv_stages": conv_stages},
+            f"**{conv_stages}**" if conv_stages == default.conv_stages else str(conv_stages),
+        )
 
 
 def _measure(name: str, size: Sequence[int], timed: bool, **args: Any) -> tuple[Cost, float]:

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,19 @@ from pipeline.caches import use_local_caches
 from pipeline.files import write_atomically
 from pipeline.planning.dry_run import Operation, trace
 
-NARROW = 8  # input channels of a stem
+# input channels of a stem
+NARROW = 8
 CONVOLUTION_WIDTHS = (16, 32, 64, 128, 256, 512)
 PRODUCT_SIZES = (8, 16, 32, 64, 128, 512)
-MAP_BYTES = (2**16, 2**20, 2**22, 2**23, 2**24, 30 * 2**20, 36 * 2**20, 2**27)  # glibc gives blocks of more than 32 MiB back at once
+# glibc gives blocks of more than 32 MiB back at once
+MAP_BYTES = (2**16, 2**20, 2**22, 2**23, 2**24, 30 * 2**20, 36 * 2**20, 2**27)
 
 
 @dataclass(frozen=True)
 class CPUProfile:
-    """Measured rates of this machine: curves of (size, rate) points, read off between them on logarithmic scales."""
+    """Measured rates of this machine: curves of (size, rate) points, read off between them on
+    logarithmic scales.
+    """
 
     about: str
     curves: Mapping[str, Sequence[tuple[float, float]]]
@@ -56,12 +61,20 @@ class CPUProfile:
             return start + operation.multiply_adds / self.at("product", min(operation.shape))
         if operation.kind in ("normalisation", "pooling"):
             return start + operation.bytes / self.at(f"{operation.kind} {way}", operation.written)
-        kind = "copy" if operation.kind == "copy" else "elementwise new" if operation.fresh else "elementwise in place"
+        kind = (
+            "copy"
+            if operation.kind == "copy"
+            else "elementwise new"
+            if operation.fresh
+            else "elementwise in place"
+        )
         return start + operation.bytes / self.at(kind, operation.written)
 
 
 def cpu_profile(folder: Path | None = None) -> CPUProfile:
-    """The profile of this machine with the present number of threads: measured in some seconds, and kept in ``folder``."""
+    """The profile of this machine with the present number of threads: measured in some seconds, and
+    kept in ``folder``.
+    """
     folder = folder or use_local_caches()
     about = f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     path = folder / f"cpu-{hashlib.sha256(about.encode()).hexdigest()[:12]}.json"
@@ -76,28 +89,41 @@ def cpu_profile(folder: Path | None = None) -> CPUProfile:
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
 
 def measure_cpu(rounds: int = 3) -> dict[str, list[tuple[float, float]]]:
-    """Rates of convolutions and products in multiply-adds, of everything else in bytes, per second; the best of some ``rounds``.
+    """Rates of convolutions and products in multiply-adds, of everything else in bytes, per second;
+    the best of some ``rounds``.
 
     Another process that runs for a while disturbs one round, and not all.
     """
     measured = [_curves() for _ in range(rounds)]
-    best = {name: [max(points) for points in zip(*(curves[name] for curves in measured), strict=True)] for name in measured[0]}
-    return {**best, "in sequence": [(1.0, _in_sequence(CPUProfile("", {**best, "in sequence": [(1.0, 1.0)]})))]}
+    best = {
+        name: [max(points) for points in zip(*(curves[name] for curves in measured), strict=True)]
+        for name in measured[0]
+    }
+    return {
+        **best,
+        "in sequence": [(1.0, _in_sequence(CPUProfile("", {**best, "in sequence": [(1.0, 1.0)]})))],
+    }
 
 
 def _in_sequence(profile: CPUProfile) -> float:
-    """Speed of operations that follow each other, of that of the same ones by themselves, whose operands stay in the caches.
+    """Speed of operations that follow each other, of that of the same ones by themselves, whose
+    operands stay in the caches.
 
     Measured once, on a step of timm's ResNet-10 with 16 images of 64x64, for all models.
     """
     model, images = timm.create_model("resnet10t", num_classes=10), torch.rand(16, 3, 64, 64)
-    alone = sum(profile.seconds(operation) for operation in trace(_on_meta(), (3, 64, 64), 16, fused=False).operations)
+    alone = sum(
+        profile.seconds(operation)
+        for operation in trace(_on_meta(), (3, 64, 64), 16, fused=False).operations
+    )
     return alone / _seconds(lambda: model.train()(images).sum().backward(), least=1.0)
 
 
@@ -110,16 +136,23 @@ def _curves() -> dict[str, list[tuple[float, float]]]:
     curves: dict[str, list[tuple[float, float]]] = {}
     tiny = torch.ones(4)
     curves["starts"] = [(1.0, 1 / _seconds(lambda: tiny.add(tiny)))]
-    for name, kernel, widths in (("3x3", 3, CONVOLUTION_WIDTHS), ("1x1", 1, CONVOLUTION_WIDTHS), ("narrow", 3, (16, 64))):
+    for name, kernel, widths in (
+        ("3x3", 3, CONVOLUTION_WIDTHS),
+        ("1x1", 1, CONVOLUTION_WIDTHS),
+        ("narrow", 3, (16, 64)),
+    ):
         for width in widths:
-            forward, backward = _convolution(NARROW - 2 if name == "narrow" else width, width, kernel)
+            forward, backward = _convolution(
+                NARROW - 2 if name == "narrow" else width, width, kernel
+            )
             size = ((NARROW - 2) * width) ** 0.5 if name == "narrow" else width
             curves.setdefault(f"convolution {name} forward", []).append((size, forward))
             curves.setdefault(f"convolution {name} backward", []).append((size, backward))
     for size in PRODUCT_SIZES:
         left, right = torch.rand(2048, size), torch.rand(size, 512)
         out = torch.empty(2048, 512)
-        curves.setdefault("product", []).append((size, 2048 * size * 512 / _seconds(lambda: torch.mm(left, right, out=out))))  # noqa: B023
+        seconds = _seconds(partial(torch.mm, left, right, out=out))
+        curves.setdefault("product", []).append((size, 2048 * size * 512 / seconds))
     for count in MAP_BYTES:
         for name, rate in _passes(count).items():
             curves.setdefault(name, []).append((count, rate))
@@ -127,7 +160,9 @@ def _curves() -> dict[str, list[tuple[float, float]]]:
 
 
 def _convolution(channels: int, units: int, kernel: int) -> tuple[float, float]:
-    """Multiply-adds per second, forward and backward, on maps of about a million values, sized as in ResNets."""
+    """Multiply-adds per second, forward and backward, on maps of about a million values, sized as
+    in ResNets.
+    """
     side = min(32 if units < 64 else 56, 3584 // units)
     x = torch.rand(2**20 // units // side**2, channels, side, side, requires_grad=True)
     weight = torch.rand(units, channels, kernel, kernel, requires_grad=True)
@@ -152,15 +187,23 @@ def _passes(count: int) -> dict[str, float]:
         "elementwise new": 3 * size / _seconds(lambda: x + y),
         "elementwise in place": 3 * size / _seconds(lambda: x.mul_(y)),
         "copy": 2 * size / _seconds(lambda: x.permute(0, 2, 3, 1).contiguous()),
-        "normalisation forward": 2 * size / _seconds(lambda: F.batch_norm(x, None, None, scale, shift, training=True)),
-        "normalisation backward": 3 * size / _seconds(lambda: torch.autograd.grad(normalised, leaf, gradient, retain_graph=True)),
+        "normalisation forward": 2
+        * size
+        / _seconds(lambda: F.batch_norm(x, None, None, scale, shift, training=True)),
+        "normalisation backward": 3
+        * size
+        / _seconds(lambda: torch.autograd.grad(normalised, leaf, gradient, retain_graph=True)),
         "pooling forward": 1.75 * size / _seconds(lambda: F.max_pool2d(x, 3, 2, 1)),
-        "pooling backward": 2.75 * size / _seconds(lambda: torch.autograd.grad(pooled, leaf, of_pooled, retain_graph=True)),
+        "pooling backward": 2.75
+        * size
+        / _seconds(lambda: torch.autograd.grad(pooled, leaf, of_pooled, retain_graph=True)),
     }
 
 
 def _seconds(run: Callable[[], Any], least: float = 0.1) -> float:
-    """Wall time of one ``run``: the best of five or more, for as many as take ``least`` seconds, after one to warm up."""
+    """Wall time of one ``run``: the best of five or more, for as many as take ``least`` seconds,
+    after one to warm up.
+    """
     run()
     times: list[float] = []
     while len(times) < 5 or sum(times) < least:

@@ -1,7 +1,9 @@
-"""What a training step computes, moves and keeps, operation by operation, from a dry run on the meta device.
+"""What a training step computes, moves and keeps, operation by operation, from a dry run on the
+meta device.
 
-The dry run is a forward and a backward pass over tensors that have shapes and no values: every operation that torch would run is
-seen with its operands, in its order, and storages are counted from their birth to their death, which gives the peak.
+The dry run is a forward and a backward pass over tensors that have shapes and no values: every
+operation that torch would run is seen with its operands, in its order, and storages are counted
+from their birth to their death, which gives the peak.
 """
 
 import weakref
@@ -42,12 +44,19 @@ class Operation:
     """One operation of a step."""
 
     kind: Kind
-    backward: bool  # whether the gradient of a convolution, normalisation or pooling
+    backward: bool
+    """Whether the gradient of a convolution, normalisation or pooling."""
     multiply_adds: int
-    bytes: int  # read and written
-    written: int  # bytes of the largest result
-    fresh: bool  # whether the result is new memory
-    shape: tuple[int, ...] = ()  # of a convolution (input channels of a group, output channels, kernel area); of a product (m, k, n)
+    bytes: int
+    """Read and written."""
+    written: int
+    """Bytes of the largest result."""
+    fresh: bool
+    """Whether the result is new memory."""
+    shape: tuple[int, ...] = ()
+    """Of a convolution (input channels of a group, output channels, kernel area); of a product (m,
+    k, n).
+    """
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,8 @@ class Work:
 
     images: int
     operations: tuple[Operation, ...]
-    peak_bytes: int  # of all that is alive at once, without parameters, buffers and gradients
+    peak_bytes: int
+    """Of all that is alive at once, without parameters, buffers and gradients."""
 
     @property
     def multiply_adds(self) -> int:
@@ -64,14 +74,17 @@ class Work:
 
 
 def trace(model: nn.Module, input_size: Sequence[int], images: int, *, fused: bool) -> Work:
-    """The work of ``model``, which is on the meta device, on ``images`` images of ``input_size`` (C, H, W).
+    """The work of ``model``, which is on the meta device, on ``images`` images of ``input_size``
+    (C, H, W).
 
     Args:
-        fused: whether a DAU is one operation, as in its CUDA kernels, or the many of ``chunked``, as on a processor.
+        fused: whether a DAU is one operation, as in its CUDA kernels, or the many of ``chunked``,
+            as on a processor.
     """
     parameters = list(model.parameters())
     for parameter in parameters:
-        parameter.grad = torch.empty_like(parameter)  # so that the gradients are not counted among what is alive
+        # so that the gradients are not counted among what is alive
+        parameter.grad = torch.empty_like(parameter)
     x = torch.empty(images, *input_size, device="meta", dtype=parameters[0].dtype)
     recorder = _Recorder([*parameters, *model.buffers()])
     with _fused(recorder) if fused else nullcontext(), recorder:
@@ -92,7 +105,9 @@ class _Recorder(TorchDispatchMode):
         self._sizes: dict[weakref.ref, int] = {}
         self._permanent = {tensor.untyped_storage()._cdata for tensor in permanent}
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         results = function(*args, **(kwargs or {}))
         given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         made = [value for value in tree_leaves(results) if isinstance(value, Tensor)]
@@ -101,7 +116,8 @@ class _Recorder(TorchDispatchMode):
         for tensor in new:
             self._born(tensor)
         name = function._opname
-        silent = "empty" in name or (not new and not function._schema.is_mutable)  # reserves memory, or is a view
+        # reserves memory, or is a view
+        silent = "empty" in name or (not new and not function._schema.is_mutable)
         if made and not silent:
             self.operations.append(_operation(name, args, given, made, bool(new)))
         return results
@@ -121,7 +137,9 @@ class _Recorder(TorchDispatchMode):
         self.alive -= self._sizes.pop(reference, 0)
 
 
-def _operation(name: str, args: Any, given: list[Tensor], made: list[Tensor], fresh: bool) -> Operation:
+def _operation(
+    name: str, args: Any, given: list[Tensor], made: list[Tensor], fresh: bool
+) -> Operation:
     kind = KINDS.get(name, "elementwise")
     moved = sum(_bytes(tensor) for tensor in [*given, *made])
     written = max(_bytes(tensor) for tensor in made)
@@ -147,7 +165,9 @@ def _bytes(tensor: Tensor) -> int:
 
 @contextmanager
 def _fused(recorder: _Recorder) -> Iterator[None]:
-    """In this block a DAU's products are one operation for each pass, which touches its operands once (docs/triton.md)."""
+    """In this block a DAU's products are one operation for each pass, which touches its operands
+    once (docs/triton.md).
+    """
     original = functional._kernels
     functional._kernels = lambda weight: _FusedKernels(recorder)
     try:
@@ -157,31 +177,69 @@ def _fused(recorder: _Recorder) -> Iterator[None]:
 
 
 class _FusedKernels:
-    """Results of the DAU's kernels without their computation; the products are those of the formulation by rank."""
+    """Results of the DAU's kernels without their computation; the products are those of the
+    formulation by rank.
+    """
 
     def __init__(self, recorder: _Recorder):
         self.recorder = recorder
 
-    def forward(self, rows: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, with_norm: bool) -> tuple[Tensor, Tensor | None]:
-        dot = rows.new_empty(len(rows), len(weight), dtype=torch.promote_types(rows.dtype, torch.float32))
+    def forward(
+        self, rows: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, with_norm: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        dot = rows.new_empty(
+            len(rows), len(weight), dtype=torch.promote_types(rows.dtype, torch.float32)
+        )
         self._note(rows, z, weight, bias, False, with_norm)
         return dot, torch.empty_like(dot) if with_norm else None
 
     def backward(
-        self, rows: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, grad_dot: Tensor, grad_norm2: Tensor | None, needs: Any
+        self,
+        rows: Tensor,
+        z: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        grad_dot: Tensor,
+        grad_norm2: Tensor | None,
+        needs: Any,
     ) -> Any:
         self._note(rows, z, weight, bias, True, grad_norm2 is not None)
         operands = (rows, z, weight, bias)
         return tuple(
-            torch.empty_like(operand) if need and operand is not None else None for need, operand in zip(needs, operands, strict=True)
+            torch.empty_like(operand) if need and operand is not None else None
+            for need, operand in zip(needs, operands, strict=True)
         )
 
-    def _note(self, rows: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, backward: bool, with_norm: bool) -> None:
+    def _note(
+        self,
+        rows: Tensor,
+        z: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        backward: bool,
+        with_norm: bool,
+    ) -> None:
         units, values, rank = weight.shape
         biased = rank + (bias is not None)
-        of_dot, of_norm = units * (values * biased + rank), units * min(values, biased) * biased if with_norm else 0
+        of_dot, of_norm = (
+            units * (values * biased + rank),
+            units * min(values, biased) * biased if with_norm else 0,
+        )
         per_position = 3 * of_dot + 2 * of_norm if backward else of_dot + of_norm
-        touched = (2 if backward else 1) * sum(_bytes(operand) for operand in (rows, z, weight)) + 8 * len(rows) * units
-        if rank > MAX_RANK:  # products of a chunk go through memory instead: about seven passes over them in a step
+        touched = (2 if backward else 1) * sum(
+            _bytes(operand) for operand in (rows, z, weight)
+        ) + 8 * len(rows) * units
+        # products of a chunk go through memory instead: about seven passes over them in a step
+        if rank > MAX_RANK:
             touched += (5 if backward else 2) * len(rows) * rank * units * rows.element_size()
-        self.recorder.add(Operation("dau", backward, per_position * len(rows), touched, _bytes(rows), True, (values, rank, units)))
+        self.recorder.add(
+            Operation(
+                "dau",
+                backward,
+                per_position * len(rows),
+                touched,
+                _bytes(rows),
+                True,
+                (values, rank, units),
+            )
+        )

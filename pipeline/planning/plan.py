@@ -1,4 +1,6 @@
-"""What a run costs before anyone pays for it: memory, time, data and network of a recipe on a cluster, from a dry run and rooflines."""
+"""What a run costs before anyone pays for it: memory, time, data and network of a recipe on a
+cluster, from a dry run and rooflines.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,22 +18,32 @@ from pipeline.planning.dry_run import Operation, Work, trace
 from pipeline.planning.gpus import ATTAINABLE, ATTAINABLE_BANDWIDTH, GPU, gpu_seconds
 from pipeline.recipe.schema import Recipe, training_size
 
-DATA_SETS = {  # training images and classes of the sources whose size is known without looking
+# training images and classes of the sources whose size is known without looking
+DATA_SETS = {
     "digits": (1437, 10),
     "cifar10": (50_000, 10),
     "cifar100": (50_000, 100),
     "tinyimagenet": (100_000, 200),
     "imagenet": (1_281_167, 1000),
-    "imagenet100": (130_000, 100),  # at most: 1,300 a class
+    # at most: 1,300 a class
+    "imagenet100": (130_000, 100),
 }
-JPEG_BYTES = 0.55  # per pixel; mean of 400 photographs of ImageNet
-ASPECT = 1.33  # longer by shorter side of a stored photograph
-DECODED_PIXELS = 140e6  # of JPEGs per second and thread; measured on one core of an AMD EPYC
-CONTEXT = 1.5e9  # bytes of a GPU that CUDA, cuDNN and NCCL keep for themselves
-USABLE = 0.92  # of the memory, for fragmentation
-STATE_NUMBERS = {"adam": 2, "adamw": 2, "sgd": 1, "muon": 1}  # of the optimiser, per parameter
-UPDATE_PASSES = {"adam": 21, "adamw": 21, "sgd": 8, "muon": 12}  # over the parameters on a processor; of muon counted, not timed
-MESSAGE_SECONDS = 20e-6  # of a reduction of nothing, per doubling of the number of nodes
+# per pixel; mean of 400 photographs of ImageNet
+JPEG_BYTES = 0.55
+# longer by shorter side of a stored photograph
+ASPECT = 1.33
+# of JPEGs per second and thread; measured on one core of an AMD EPYC
+DECODED_PIXELS = 140e6
+# bytes of a GPU that CUDA, cuDNN and NCCL keep for themselves
+CONTEXT = 1.5e9
+# of the memory, for fragmentation
+USABLE = 0.92
+# of the optimiser, per parameter
+STATE_NUMBERS = {"adam": 2, "adamw": 2, "sgd": 1, "muon": 1}
+# over the parameters on a processor; of muon counted, not timed
+UPDATE_PASSES = {"adam": 21, "adamw": 21, "sgd": 8, "muon": 12}
+# of a reduction of nothing, per doubling of the number of nodes
+MESSAGE_SECONDS = 20e-6
 ASSUMPTIONS = f"""assumptions:
 - a step is a dry run of the model, operation by operation; each takes the longer of computing and moving its operands (roofline);
 - of the published peaks, convolutions reach {ATTAINABLE["convolution"]:.0%}, products {ATTAINABLE["product"]:.0%}, DAU kernels \
@@ -57,18 +69,25 @@ class Cluster:
     def reduction_seconds(self, gradient_bytes: float) -> float:
         """Time to sum ``gradient_bytes`` over all devices."""
         inside = 2 * (self.per_node - 1) / self.per_node * gradient_bytes / self.gpu.link
-        between = 2 * (self.nodes - 1) / self.nodes * gradient_bytes / (self.per_node * self.gpu.network)
-        return max(inside, between) + (self.nodes + self.per_node > 2) * MESSAGE_SECONDS * max(1, (self.size - 1).bit_length())
+        between = (
+            2 * (self.nodes - 1) / self.nodes * gradient_bytes / (self.per_node * self.gpu.network)
+        )
+        return max(inside, between) + (self.nodes + self.per_node > 2) * MESSAGE_SECONDS * max(
+            1, (self.size - 1).bit_length()
+        )
 
 
 @dataclass(frozen=True)
 class Step:
     """One update at one resolution, on one device; seconds."""
 
-    compute: float  # of operations bound by computing
-    memory: float  # of operations bound by memory, and of the optimiser
+    compute: float
+    """Of operations bound by computing."""
+    memory: float
+    """Of operations bound by memory, and of the optimiser."""
     network: float
-    data: float  # to decode the images of the update with the recipe's threads
+    data: float
+    """To decode the images of the update with the recipe's threads."""
 
     @property
     def seconds(self) -> float:
@@ -87,14 +106,17 @@ class Plan:
     """``recipe`` on a kind of GPU.
 
     Raises:
-        UserError: the number of images is not known, the model cannot be built, or the batch cannot be divided.
+        UserError: the number of images is not known, the model cannot be built, or the batch cannot
+            be divided.
     """
 
     def __init__(self, recipe: Recipe, images: int | None = None):
         self.recipe = recipe
         known = DATA_SETS.get(recipe.data.source)
         if images is None and known is None:
-            raise UserError(f"data.source {recipe.data.source} may hold any number of images: say how many with --images")
+            raise UserError(
+                f"data.source {recipe.data.source} may hold any number of images: say how many with --images"
+            )
         self.images = images or known[0]  # type: ignore[index]
         self.classes = known[1] if known else 1000
         self.bf16 = recipe.training.precision == "bf16"
@@ -122,17 +144,24 @@ class Plan:
     def operations(self, size: int, images: int) -> Iterator[Operation]:
         """Of a step over ``images``: everything that grows does so in proportion."""
         for two, four in zip(*(work.operations for work in self._works[size]), strict=True):
-            grown = {key: _line(getattr(two, key), getattr(four, key), images) for key in ("multiply_adds", "bytes", "written")}
+            grown = {
+                key: _line(getattr(two, key), getattr(four, key), images)
+                for key in ("multiply_adds", "bytes", "written")
+            }
             yield Operation(two.kind, two.backward, **grown, fresh=two.fresh, shape=two.shape)
 
     def state_bytes(self, size: int) -> dict[str, float]:
-        """Bytes per device of everything that stays from step to step, with ZeRO's shards on ``size`` devices."""
+        """Bytes per device of everything that stays from step to step, with ZeRO's shards on
+        ``size`` devices.
+        """
         training = self.recipe.training
         whole = 4.0 * self.parameters
         return {
             "weights": whole,
             "gradients": whole / (size if training.zero_stage == 2 else 1),
-            "optimiser": whole * STATE_NUMBERS[training.optimizer] / (size if training.zero_stage else 1),
+            "optimiser": whole
+            * STATE_NUMBERS[training.optimizer]
+            / (size if training.zero_stage else 1),
             "weight average": whole if training.weight_average else 0.0,
             "reduction buffer": whole if size > 1 else 0.0,
         }
@@ -166,19 +195,33 @@ class Plan:
             time, bound = gpu_seconds(operation, cluster.gpu, self.bf16)
             seconds[bound] += time * per_device / micro_batch
         shards = cluster.size if self.recipe.training.zero_stage else 1
-        touched = 4 * self.parameters * (7 / shards + (3 if self.recipe.training.weight_average else 0))
+        touched = (
+            4 * self.parameters * (7 / shards + (3 if self.recipe.training.weight_average else 0))
+        )
         seconds["memory"] += touched / (cluster.gpu.bandwidth * ATTAINABLE_BANDWIDTH)
         for operation in update_products(self._model, self.recipe.training.optimizer):
             time, bound = gpu_seconds(operation, cluster.gpu, bf16=True)
             seconds[bound] += time
         _, pixels = self.stored_image()
-        decoding = pixels / (DECODED_PIXELS * self.recipe.data.workers) if self.recipe.data.write_mode == "jpg" else 0.0
-        return Step(seconds["compute"], seconds["memory"], cluster.reduction_seconds(4 * self.parameters), per_device * decoding)
+        decoding = (
+            pixels / (DECODED_PIXELS * self.recipe.data.workers)
+            if self.recipe.data.write_mode == "jpg"
+            else 0.0
+        )
+        return Step(
+            seconds["compute"],
+            seconds["memory"],
+            cluster.reduction_seconds(4 * self.parameters),
+            per_device * decoding,
+        )
 
     def epoch_seconds(self, cluster: Cluster, per_device: int, micro_batch: int) -> list[float]:
         """Of every epoch."""
         updates = self.images // (per_device * cluster.size)
-        by_size = {size: self.step(size, cluster, per_device, micro_batch).seconds * updates for size in self._works}
+        by_size = {
+            size: self.step(size, cluster, per_device, micro_batch).seconds * updates
+            for size in self._works
+        }
         return [by_size[size] for size in self.sizes]
 
     def report(self, cluster: Cluster) -> str:
@@ -189,7 +232,10 @@ class Plan:
         step = self.step(size, cluster, per_device, micro)
         epochs = self.epoch_seconds(cluster, per_device, micro)
         states, activations = self.state_bytes(cluster.size), self.activation_bytes(micro)
-        needed, largest = sum(states.values()) + activations + CONTEXT, self.largest_micro_batch(cluster)
+        needed, largest = (
+            sum(states.values()) + activations + CONTEXT,
+            self.largest_micro_batch(cluster),
+        )
         stored, _ = self.stored_image()
         rate = per_device * cluster.size / step.seconds
         total = sum(epochs)
@@ -202,9 +248,19 @@ class Plan:
             f"data        {self.images:,} images at {sizes}, about {self.images * stored / 1e9:.3g} GB; "
             f"{rate * stored / cluster.nodes / 1e6:,.0f} MB/s per node, {rate * stored / 1e6:,.0f} MB/s in all",
             f"memory      {needed / 1e9:.1f} of {gpu.memory / 1e9:.0f} GB per GPU with {micro} images: "
-            + ", ".join(f"{name} {value / 1e9:.2f}" for name, value in {"activations": activations, **states}.items() if value),
+            + ", ".join(
+                f"{name} {value / 1e9:.2f}"
+                for name, value in {"activations": activations, **states}.items()
+                if value
+            ),
             f"            {'fits' if micro <= largest else 'DOES NOT FIT'}; largest micro-batch that fits: {largest}"
-            + ("" if micro <= largest else f"; say training.micro_batch_size={_divisor(per_device, largest)}" if largest else ""),
+            + (
+                ""
+                if micro <= largest
+                else f"; say training.micro_batch_size={_divisor(per_device, largest)}"
+                if largest
+                else ""
+            ),
             f"step        {step.seconds * 1e3:.1f} ms for {per_device * cluster.size} images ({rate:,.0f} images/s) at {size}²: "
             f"compute {step.compute * 1e3:.1f}, memory traffic {step.memory * 1e3:.1f}, network {step.network * 1e3:.1f}; "
             f"decoding {step.data * 1e3:.1f} beside it; bound by {step.bound}",
@@ -222,14 +278,26 @@ class Plan:
         """Markdown table: more nodes, each GPU with the same batch."""
         size = max(self._works)
         alone = self.step(size, Cluster(1, 1, cluster.gpu), per_device, micro).seconds
-        rows = ["| GPUs | global batch | ms a step | efficiency | images/s | min an epoch | read, GB/s |", "|---|---|---|---|---|---|---|"]
+        rows = [
+            "| GPUs | global batch | ms a step | efficiency | images/s | min an epoch | read, GB/s |",
+            "|---|---|---|---|---|---|---|",
+        ]
         stored, _ = self.stored_image()
         for nodes in (1, 4, 16, 64, 256, 512):
             wide = Cluster(nodes, cluster.per_node, cluster.gpu)
             step = self.step(size, wide, per_device, micro)
             rate = wide.size * per_device / step.seconds
-            cells = [f"{wide.size:,}", f"{wide.size * per_device:,}", f"{step.seconds * 1e3:.1f}", f"{alone / step.seconds:.2f}"]
-            cells += [f"{rate:,.0f}", f"{self.images / rate / 60:.2f}", f"{rate * stored / 1e9:.2f}"]
+            cells = [
+                f"{wide.size:,}",
+                f"{wide.size * per_device:,}",
+                f"{step.seconds * 1e3:.1f}",
+                f"{alone / step.seconds:.2f}",
+            ]
+            cells += [
+                f"{rate:,.0f}",
+                f"{self.images / rate / 60:.2f}",
+                f"{rate * stored / 1e9:.2f}",
+            ]
             rows.append(f"| {' | '.join(cells)} |")
         return "\n".join(rows)
 
@@ -239,7 +307,10 @@ def cpu_report(recipe: Recipe, profile: CPUProfile, images: int | None = None) -
     plan = Plan(recipe, images)
     micro, accumulation = recipe.micro_batch(1)
     updates = plan.images // recipe.training.global_batch_size
-    steps = {size: cpu_step(plan.build(), (3, size, size), micro, profile, recipe.training.optimizer) for size in set(plan.sizes)}
+    steps = {
+        size: cpu_step(plan.build(), (3, size, size), micro, profile, recipe.training.optimizer)
+        for size in set(plan.sizes)
+    }
     total = sum(steps[size][0] * accumulation * updates for size in plan.sizes)
     seconds, peak = steps[max(steps)]
     return "\n".join(
@@ -256,29 +327,58 @@ def cpu_report(recipe: Recipe, profile: CPUProfile, images: int | None = None) -
 
 
 def cpu_step(
-    model: nn.Module, input_size: Sequence[int], images: int, profile: CPUProfile, optimizer: str = "adamw"
+    model: nn.Module,
+    input_size: Sequence[int],
+    images: int,
+    profile: CPUProfile,
+    optimizer: str = "adamw",
 ) -> tuple[float, float]:
-    """Seconds and peak bytes of a training step of ``model``, which is on the meta device, on this machine's processor."""
+    """Seconds and peak bytes of a training step of ``model``, which is on the meta device, on this
+    machine's processor.
+    """
     work = trace(model, input_size, images, fused=False)
     parameters = list(model.parameters())
-    seconds = sum(profile.seconds(operation) for operation in (*work.operations, *update_products(model, optimizer)))
+    seconds = sum(
+        profile.seconds(operation)
+        for operation in (*work.operations, *update_products(model, optimizer))
+    )
     for parameter in parameters:
         size = 4 * parameter.numel()
         passes = UPDATE_PASSES[optimizer]
-        seconds += passes * size / profile.at("elementwise in place", size) + passes / 2 * profile.start
+        seconds += (
+            passes * size / profile.at("elementwise in place", size) + passes / 2 * profile.start
+        )
     states = 4 * sum(parameter.numel() for parameter in parameters) * (2 + STATE_NUMBERS[optimizer])
     return seconds, states + work.peak_bytes
 
 
 def update_products(model: nn.Module, optimizer: str) -> Iterator[Operation]:
-    """Products of an update of Muon, in bf16: five steps of Newton and Schulz on every matrix (Jordan et al., 2024); of others none."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1] if optimizer == "muon" else []
+    """Products of an update of Muon, in bf16: five steps of Newton and Schulz on every matrix
+    (Jordan et al., 2024); of others none.
+    """
+    matrices = (
+        [parameter for parameter in model.parameters() if parameter.ndim > 1]
+        if optimizer == "muon"
+        else []
+    )
     for matrix in matrices:
         short, long = sorted((matrix.shape[0], matrix.numel() // matrix.shape[0]))
-        for rows, inner, columns in ((short, long, short), (short, short, short), (short, short, long)) * 5:
+        for rows, inner, columns in (
+            (short, long, short),
+            (short, short, short),
+            (short, short, long),
+        ) * 5:
             written = 2 * rows * columns
             moved = 2 * (rows * inner + inner * columns) + written
-            yield Operation("product", False, rows * inner * columns, moved, written, fresh=False, shape=(rows, inner, columns))
+            yield Operation(
+                "product",
+                False,
+                rows * inner * columns,
+                moved,
+                written,
+                fresh=False,
+                shape=(rows, inner, columns),
+            )
 
 
 def _line(two: float, four: float, images: int) -> Any:

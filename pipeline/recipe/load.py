@@ -16,13 +16,15 @@ log = logging.getLogger(__name__)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and check the recipe at ``path``; each override is ``section.key=value`` with a YAML value.
+    """Read, override and check the recipe at ``path``; each override is ``section.key=value`` with
+    a YAML value.
 
-    A warm-up that the overrides leave as it is in the file, and that fills all of the epochs that they ask for, is shortened to its
-    share of the file's epochs, and a warning says so.
+    A warm-up that the overrides leave as it is in the file, and that fills all of the epochs that
+    they ask for, is shortened to its share of the file's epochs, and a warning says so.
 
     Raises:
-        UserError: unreadable file, bad YAML, unknown key, wrong type, or values that do not fit together.
+        UserError: unreadable file, bad YAML, unknown key, wrong type, or values that do not fit
+            together.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -33,7 +35,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"recipe {path}: is not UTF-8 text") from error
     tree = parse.parse(text, f"recipe {path}")
     if not isinstance(tree, dict):
-        raise UserError(f"recipe {path}: must be a mapping of keys to values, found {type(tree).__name__}")
+        raise UserError(
+            f"recipe {path}: must be a mapping of keys to values, found {type(tree).__name__}"
+        )
     training = tree.get("training")
     stated = training.get("epochs") if isinstance(training, dict) else None
     for override in overrides:
@@ -47,7 +51,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def from_dict(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """Build and check a recipe from plain data, such as ``Recipe.to_dict`` returns. Raises UserError as ``load`` does."""
+    """Build and check a recipe from plain data, such as ``Recipe.to_dict`` returns. Raises
+    UserError as ``load`` does.
+    """
     recipe = parse.build(Recipe, tree, "", where)
     check(recipe, where)
     return recipe
@@ -60,20 +66,35 @@ def load_stored(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: there is none, or it cannot be read.
     """
     if not (folder / STORED).is_file():
-        raise UserError(f"{folder}: holds no {STORED}, so it is neither a run nor an export; `coda train RECIPE` makes a run")
+        raise UserError(
+            f"{folder}: holds no {STORED}, so it is neither a run nor an export; `coda train RECIPE` makes a run"
+        )
     return load(folder / STORED, overrides)
 
 
 def _with_fitting_warmup(recipe: Recipe, stated: Any, path: str | Path) -> Recipe:
-    """``recipe``; its warm-up at the share of the ``stated`` epochs of the file at ``path``, where it would fill all that are left."""
+    """``recipe``; its warm-up at the share of the ``stated`` epochs of the file at ``path``, where
+    it would fill all that are left.
+    """
     training = recipe.training
-    if not (isinstance(stated, int) and 0 < training.epochs < stated and training.warmup_epochs >= training.epochs):
+    if not (
+        isinstance(stated, int)
+        and 0 < training.epochs < stated
+        and training.warmup_epochs >= training.epochs
+    ):
         return recipe
     warmup = float(f"{training.warmup_epochs / stated * training.epochs:.2g}")
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # one of many processes says it for all
+    # one of many processes says it for all
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         log.warning(
             "training.warmup_epochs %g does not fit %d epoch%s: %g is used, the same share as in %s; "
             "say training.warmup_epochs=... for another",
-            *(training.warmup_epochs, training.epochs, "s" if training.epochs > 1 else "", warmup, path),
+            *(
+                training.warmup_epochs,
+                training.epochs,
+                "s" if training.epochs > 1 else "",
+                warmup,
+                path,
+            ),
         )
     return dataclasses.replace(recipe, training=dataclasses.replace(training, warmup_epochs=warmup))

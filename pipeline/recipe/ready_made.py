@@ -1,4 +1,6 @@
-"""What comes with the package beside its code: the ready-made recipes, and the job scripts for Slurm."""
+"""What comes with the package beside its code: the ready-made recipes, and the job scripts for
+Slurm.
+"""
 
 import difflib
 from pathlib import Path
@@ -9,7 +11,9 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def shipped_folder(name: str) -> Path:
-    """The folder ``recipes`` or ``slurm``: of an installed package inside it, of a checkout at its root."""
+    """The folder ``recipes`` or ``slurm``: of an installed package inside it, of a checkout at its
+    root.
+    """
     inside = _PACKAGE / name
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
@@ -32,7 +36,9 @@ def find_recipe(text: str) -> Path:
         return known[text]
     close = difflib.get_close_matches(text, known, n=1)
     hint = f"did you mean {close[0]}?" if close else "`coda recipes` lists the names"
-    raise UserError(f"recipe {text}: there is no such file, and no ready-made recipe of that name; {hint}")
+    raise UserError(
+        f"recipe {text}: there is no such file, and no ready-made recipe of that name; {hint}"
+    )
 
 
 def listing() -> str:

@@ -11,17 +11,37 @@ from typing import Any, Literal
 
 from pipeline.errors import UserError
 
-MAX_RESOLUTION = 16_384  # pixels: a stored image must fit a page of FFCV's, which is smaller than 4 GiB
-STORED = "recipe.yaml"  # name of the resolved recipe in a run folder and in an export
+# pixels: a stored image must fit a page of FFCV's, which is smaller than 4 GiB
+MAX_RESOLUTION = 16_384
+# name of the resolved recipe in a run folder and in an export
+STORED = "recipe.yaml"
 
-Metric = Literal["accuracy", "completeness", "alignment", "localisation", "localisation_2x2", "pixel_removal", "depth"]
-_PostHoc = Literal["gradient", "input_x_gradient", "integrated_gradients", "guided_backprop", "deep_lift", "occlusion_5", "occlusion_9"]
+Metric = Literal[
+    "accuracy",
+    "completeness",
+    "alignment",
+    "localisation",
+    "localisation_2x2",
+    "pixel_removal",
+    "depth",
+]
+_PostHoc = Literal[
+    "gradient",
+    "input_x_gradient",
+    "integrated_gradients",
+    "guided_backprop",
+    "deep_lift",
+    "occlusion_5",
+    "occlusion_9",
+]
 Method = Literal["contributions", _PostHoc, "lime", "gradcam"]
 
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """Which timm model, and the keyword arguments of ``timm.create_model`` (temperature, rank, conv_stages, ...)."""
+    """Which timm model, and the keyword arguments of ``timm.create_model`` (temperature, rank,
+    conv_stages, ...).
+    """
 
     name: str
     args: Mapping[str, Any] = field(default_factory=dict)
@@ -31,39 +51,70 @@ class ModelRecipe:
 class ProgressiveRecipe:
     """Training resolution that rises linearly from epoch to epoch, up to ``data.image_size``."""
 
-    start_size: int  # of the first epoch, in pixels
-    until: float = 0.8  # share of the epochs after which image_size is reached
-    step: int = 32  # sizes are image_size less a multiple of this
+    start_size: int
+    """Of the first epoch, in pixels."""
+    until: float = 0.8
+    """Share of the epochs after which image_size is reached."""
+    step: int = 32
+    """Sizes are image_size less a multiple of this."""
 
 
 @dataclass(frozen=True)
 class DataRecipe:
     """Where images come from, where the ``.beton`` files go, and how training images are augmented."""
 
-    source: str  # a name in pipeline.data.sources.SOURCES
-    image_size: int  # side in pixels of the square images that the model sees
-    path: str | None = None  # folder or tar of the source, where it needs one
-    prepared: str = "data"  # `coda prepare` writes train.beton, val.beton and manifest.json into <prepared>/<source>-<size>
-    write_mode: Literal["raw", "jpg", "proportion"] = "raw"  # how images are stored; proportion: some as JPEG, the others raw
-    compress_probability: float = 0.5  # share of JPEGs, for write_mode proportion only
+    source: str
+    """A name in pipeline.data.sources.SOURCES."""
+    image_size: int
+    """Side in pixels of the square images that the model sees."""
+    path: str | None = None
+    """Folder or tar of the source, where it needs one."""
+    prepared: str = "data"
+    """`coda prepare` writes train.beton, val.beton and manifest.json into
+    <prepared>/<source>-<size>.
+    """
+    write_mode: Literal["raw", "jpg", "proportion"] = "raw"
+    """How images are stored; proportion: some as JPEG, the others raw."""
+    compress_probability: float = 0.5
+    """Share of JPEGs, for write_mode proportion only."""
     jpeg_quality: int = 90
-    max_resolution: int | None = None  # longer side of stored images whose size varies; None: shorter side image_size x 256/224
-    chunk_size: int = 100  # images that a writing process takes at a time
-    broken_images: Literal["fail", "skip"] = "fail"  # whether `coda prepare` stops at an image that cannot be read, or leaves it out
-    workers: int = 2  # threads of each loader; never more than the processors this process may use
-    storage: Literal["page_cache", "stage_local"] = "page_cache"  # stage_local: each node reads from a copy on a disk of its own
-    scratch: str | None = None  # stage_local only: folder on that disk, such as $SLURM_TMPDIR; None: the system's temporary folder
-    shuffle_pages: int | None = None  # pages of the file that are shuffled at a time, where memory is short; None: the whole file
-    flip: bool = False  # horizontal flip with probability 1/2
-    crop_padding: int = 0  # random shift by up to this many pixels, zeros outside
-    rand_augment_operations: int = 0  # of torchvision's RandAugment on each image
-    rand_augment_magnitude: int = 9  # 0 to 30
-    color_jitter: float = 0.0  # brightness, contrast and saturation change by up to this share
-    random_erasing: float = 0.0  # probability that a rectangle of an image is erased
-    mixup_alpha: float = 0.0  # images are mixed in pairs, with Beta(alpha, alpha) distributed shares; 0: not
-    cutmix_alpha: float = 0.0  # as mixup_alpha, by pasting a rectangle; with both, each is done half of the time
-    progressive: ProgressiveRecipe | None = None  # lower resolutions in early epochs
-    eval_size: int | None = None  # side in pixels of evaluated images; None: image_size
+    max_resolution: int | None = None
+    """Longer side of stored images whose size varies; None: shorter side image_size x 256/224."""
+    chunk_size: int = 100
+    """Images that a writing process takes at a time."""
+    broken_images: Literal["fail", "skip"] = "fail"
+    """Whether `coda prepare` stops at an image that cannot be read, or leaves it out."""
+    workers: int = 2
+    """Threads of each loader; never more than the processors this process may use."""
+    storage: Literal["page_cache", "stage_local"] = "page_cache"
+    """Stage_local: each node reads from a copy on a disk of its own."""
+    scratch: str | None = None
+    """Stage_local only: folder on that disk, such as $SLURM_TMPDIR; None: the system's temporary
+    folder.
+    """
+    shuffle_pages: int | None = None
+    """Pages of the file that are shuffled at a time, where memory is short; None: the whole file.
+    """
+    flip: bool = False
+    """Horizontal flip with probability 1/2."""
+    crop_padding: int = 0
+    """Random shift by up to this many pixels, zeros outside."""
+    rand_augment_operations: int = 0
+    """Of torchvision's RandAugment on each image."""
+    rand_augment_magnitude: int = 9
+    """0 to 30."""
+    color_jitter: float = 0.0
+    """Brightness, contrast and saturation change by up to this share."""
+    random_erasing: float = 0.0
+    """Probability that a rectangle of an image is erased."""
+    mixup_alpha: float = 0.0
+    """Images are mixed in pairs, with Beta(alpha, alpha) distributed shares; 0: not."""
+    cutmix_alpha: float = 0.0
+    """As mixup_alpha, by pasting a rectangle; with both, each is done half of the time."""
+    progressive: ProgressiveRecipe | None = None
+    """Lower resolutions in early epochs."""
+    eval_size: int | None = None
+    """Side in pixels of evaluated images; None: image_size."""
 
     @property
     def evaluated_size(self) -> int:
@@ -78,28 +129,46 @@ class DataRecipe:
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """Optimisation. An update is one optimiser step on ``global_batch_size`` images, whatever the world size."""
+    """Optimisation. An update is one optimiser step on ``global_batch_size`` images, whatever the
+    world size.
+    """
 
     epochs: int
     global_batch_size: int
     learning_rate: float
-    optimizer: Literal["adam", "adamw", "sgd", "muon"] = "adamw"  # sgd: with Nesterov's momentum; muon: of matrices, the rest as adamw
-    micro_batch_size: int | None = None  # images per process and backward pass; None: global_batch_size / world size
+    optimizer: Literal["adam", "adamw", "sgd", "muon"] = "adamw"
+    """Sgd: with Nesterov's momentum; muon: of matrices, the rest as adamw."""
+    micro_batch_size: int | None = None
+    """Images per process and backward pass; None: global_batch_size / world size."""
     weight_decay: float = 0.0
-    momentum: float = 0.9  # sgd and muon only
-    warmup_epochs: float = 0.0  # linear, up to learning_rate
-    warmup_learning_rate: float = 0.0  # where the warm-up starts
-    schedule: Literal["cosine", "linear", "step"] = "cosine"  # after the warm-up: down to 0, or divided step by step
-    step_epochs: int = 30  # step only: epochs, from the first on, between two divisions
-    step_factor: float = 10.0  # step only: by which the rate is divided
-    weight_average: float = 0.0  # decay, per update, of an average of the weights that is evaluated and exported; 0: no average
-    clip_grad_norm: float = 0.0  # 0: no clipping
+    momentum: float = 0.9
+    """Sgd and muon only."""
+    warmup_epochs: float = 0.0
+    """Linear, up to learning_rate."""
+    warmup_learning_rate: float = 0.0
+    """Where the warm-up starts."""
+    schedule: Literal["cosine", "linear", "step"] = "cosine"
+    """After the warm-up: down to 0, or divided step by step."""
+    step_epochs: int = 30
+    """Step only: epochs, from the first on, between two divisions."""
+    step_factor: float = 10.0
+    """Step only: by which the rate is divided."""
+    weight_average: float = 0.0
+    """Decay, per update, of an average of the weights that is evaluated and exported; 0: no
+    average.
+    """
+    clip_grad_norm: float = 0.0
+    """0: no clipping."""
     loss: Literal["bce", "cross_entropy"] = "bce"
-    label_smoothing: float = 0.0  # share of a target that is spread evenly over all classes
-    weight_penalty: float = 0.0  # lambda of the official regulariser, mean |W| of the CoDA part's linear map to a class
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, parameters stay fp32
+    label_smoothing: float = 0.0
+    """Share of a target that is spread evenly over all classes."""
+    weight_penalty: float = 0.0
+    """Lambda of the official regulariser, mean |W| of the CoDA part's linear map to a class."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Bf16: autocast, parameters stay fp32."""
     zero_stage: int = 0
-    checkpoint_every_updates: int | None = None  # beside the checkpoint at the end of every epoch
+    checkpoint_every_updates: int | None = None
+    """Beside the checkpoint at the end of every epoch."""
 
 
 @dataclass(frozen=True)
@@ -107,15 +176,23 @@ class EvaluationRecipe:
     """Which metrics are computed after every ``every_epochs`` epochs and, in full, after the last."""
 
     every_epochs: int = 1
-    metrics: tuple[Metric, ...] = ("accuracy",)  # while training
-    final_metrics: tuple[Metric, ...] = ("accuracy", "completeness", "alignment", "depth")  # depth includes localisation
-    methods: tuple[Method, ...] = ("contributions",)  # whose maps the final localisation, pixel removal and depth judge
+    metrics: tuple[Metric, ...] = ("accuracy",)
+    """While training."""
+    final_metrics: tuple[Metric, ...] = ("accuracy", "completeness", "alignment", "depth")
+    """Depth includes localisation."""
+    methods: tuple[Method, ...] = ("contributions",)
+    """Whose maps the final localisation, pixel removal and depth judge."""
     batch_size: int = 128
-    grid_size: int = 3  # n of the n x n grid pointing game
-    grids: int = 100  # grids of the localisation metrics
-    completeness_images: int = 128  # images of the completeness metric
-    alignment_images: int = 128  # images of the alignment metric
-    removal_images: int = 1024  # images of the pixel removal metric
+    grid_size: int = 3
+    """N of the n x n grid pointing game."""
+    grids: int = 100
+    """Grids of the localisation metrics."""
+    completeness_images: int = 128
+    """Images of the completeness metric."""
+    alignment_images: int = 128
+    """Images of the alignment metric."""
+    removal_images: int = 1024
+    """Images of the pixel removal metric."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +201,10 @@ class TrackingRecipe:
 
     uri: str | None = None
     experiment: str = "coda"
-    parent: str | None = None  # name of the sweep that this run belongs to: MLflow shows its runs below a parent run
-    system_metrics: bool = False  # processor, memory, disk, network and GPU of every node, every 10 seconds
+    parent: str | None = None
+    """Name of the sweep that this run belongs to: MLflow shows its runs below a parent run."""
+    system_metrics: bool = False
+    """Processor, memory, disk, network and GPU of every node, every 10 seconds."""
     log_every_updates: int = 10
 
 
@@ -157,12 +236,18 @@ class Recipe:
         return _plain(dataclasses.asdict(self))
 
     def identity(self) -> dict[str, Any]:
-        """The values that decide the weights, by dotted key: a run is resumed only with the same ones."""
+        """The values that decide the weights, by dotted key: a run is resumed only with the same
+        ones.
+        """
         data = ("path", "prepared", "workers", "storage", "scratch", "chunk_size", "broken_images")
         free = {"runs", "evaluation", "tracking", *(f"data.{key}" for key in data)}
         free |= {"training.micro_batch_size", "training.checkpoint_every_updates"}
         keys = flatten(self.to_dict())
-        return {key: value for key, value in keys.items() if key not in free and key.partition(".")[0] not in free}
+        return {
+            key: value
+            for key, value in keys.items()
+            if key not in free and key.partition(".")[0] not in free
+        }
 
     def micro_batch(self, world_size: int) -> tuple[int, int]:
         """Images per process and backward pass, and backward passes per update.
@@ -181,10 +266,14 @@ class Recipe:
 
 
 def training_size(data: DataRecipe, epoch: int, epochs: int) -> int:
-    """Side in pixels of the training images of ``epoch``: rises linearly, in steps, where the recipe asks for that."""
+    """Side in pixels of the training images of ``epoch``: rises linearly, in steps, where the
+    recipe asks for that.
+    """
     if data.progressive is None:
         return data.image_size
-    missing = (data.image_size - data.progressive.start_size) * max(0.0, 1 - epoch / (data.progressive.until * epochs))
+    missing = (data.image_size - data.progressive.start_size) * max(
+        0.0, 1 - epoch / (data.progressive.until * epochs)
+    )
     return data.image_size - round(missing / data.progressive.step) * data.progressive.step
 
 
@@ -192,7 +281,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections as one level of dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= (
+            flatten(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 

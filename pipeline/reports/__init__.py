@@ -1,1 +1,3 @@
-"""What people read: the report of a run, comparisons, explanations of a user's images, and their pictures."""
+"""What people read: the report of a run, comparisons, explanations of a user's images, and their
+pictures.
+"""

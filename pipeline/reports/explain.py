@@ -1,4 +1,6 @@
-"""``coda explain``: contribution maps of a user's own images or video, as pictures and one self-contained HTML page."""
+"""``coda explain``: contribution maps of a user's own images or video, as pictures and one
+self-contained HTML page.
+"""
 
 import difflib
 import re
@@ -15,15 +17,23 @@ from tqdm import tqdm
 from pipeline.errors import UserError
 from pipeline.export import class_names, find_export, load_export
 from pipeline.images import CENTRE_SHARE, BrokenImage, decode, read_file
-from pipeline.interpret.contributions import Layer, exact_layers, explainable_layers, layer_contributions
+from pipeline.interpret.contributions import (
+    Layer,
+    exact_layers,
+    explainable_layers,
+    layer_contributions,
+)
 from pipeline.recipe.load import load_stored
 from pipeline.reports.page import Section, write_page
 from pipeline.reports.plots import contribution_sheet, overlay
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
-FRAMES = 24  # of a video, evenly spaced
-FRAME_SHEETS = 4  # of these, the ones shown with all their maps
-FRAME_MILLISECONDS, FRAME_SIDE = 250, 256  # of the animation
+# of a video, evenly spaced
+FRAMES = 24
+# of these, the ones shown with all their maps
+FRAME_SHEETS = 4
+# of the animation
+FRAME_MILLISECONDS, FRAME_SIDE = 250, 256
 PAGE = "index.html"
 NOTES = (
     "Red speaks for the class, blue against it; each map is on its own scale. In the colours of the input, a pixel shows the colour with "
@@ -36,18 +46,26 @@ NOTES = (
 class Explainer:
     """An exported model with its class names, and what was chosen to be shown of it."""
 
-    def __init__(self, folder: Path, *, top_k: int = 3, wanted: str | None = None, all_layers: bool = False):
+    def __init__(
+        self, folder: Path, *, top_k: int = 3, wanted: str | None = None, all_layers: bool = False
+    ):
         export = find_export(folder)
         self.model: nn.Module = load_export(export)
         self.classes, self.size = class_names(export), load_stored(export).data.evaluated_size
         if not 1 <= top_k <= len(self.classes):
-            raise UserError(f"--top-k is {top_k}; {export} has {len(self.classes)} classes, so it must be between 1 and that")
+            raise UserError(
+                f"--top-k is {top_k}; {export} has {len(self.classes)} classes, so it must be between 1 and that"
+            )
         self.top_k, self.all_layers = top_k, all_layers
         self.wanted = None if wanted is None else _class_index(wanted, self.classes)
-        self.layers: list[Layer] = explainable_layers(self.model, torch.zeros(1, 3, self.size, self.size))
+        self.layers: list[Layer] = explainable_layers(
+            self.model, torch.zeros(1, 3, self.size, self.size)
+        )
 
     def view(self, image: Image.Image) -> Tensor:
-        """(3, S, S) in [0, 1], what the model sees: the central square, less the margin that evaluation cuts off larger images."""
+        """(3, S, S) in [0, 1], what the model sees: the central square, less the margin that
+        evaluation cuts off larger images.
+        """
         side = min(image.size)
         if side > self.size:
             side = round(side * CENTRE_SHARE)
@@ -66,51 +84,85 @@ class Explainer:
         return probabilities, probabilities.topk(self.top_k).indices
 
     def explain(self, image: Tensor, title: str, stem: Path) -> Section:
-        """Write the sheets ``<stem>.png`` and, if chosen, ``<stem>-layers.png`` of an image (3, S, S)."""
+        """Write the sheets ``<stem>.png`` and, if chosen, ``<stem>-layers.png`` of an image (3, S,
+        S).
+        """
         probabilities, targets = self.choose(image[None])
         names = [f"{self.classes[c]}: p = {probabilities[0, c]:.2f}" for c in targets[0].tolist()]
         junction = exact_layers(self.model, self.layers)[-1].name
         found = layer_contributions(self.model, image[None], targets, [None, junction])
-        encoded, at_junction = found[None][0], found[junction][0].sum(1)  # (K, C, S, S), (K, h, w)
+        # (K, C, S, S), (K, h, w)
+        encoded, at_junction = found[None][0], found[junction][0].sum(1)
         columns = {"colours of the input": encoded} if encoded.shape[1] == 6 else {}
-        columns |= {"at the input": encoded.sum(1), "over the image": self._over(image, encoded.sum(1))}
+        columns |= {
+            "at the input": encoded.sum(1),
+            "over the image": self._over(image, encoded.sum(1)),
+        }
         if junction is not None:
-            columns |= {f"at {junction}": at_junction, f"{junction} over the image": self._over(image, at_junction)}
-        sheets = [("Contributions at the input" + (f" and at {junction}, the junction." if junction else "."), stem.with_suffix(".png"))]
+            columns |= {
+                f"at {junction}": at_junction,
+                f"{junction} over the image": self._over(image, at_junction),
+            }
+        sheets = [
+            (
+                "Contributions at the input"
+                + (f" and at {junction}, the junction." if junction else "."),
+                stem.with_suffix(".png"),
+            )
+        ]
         rows = image.expand(len(names), *image.shape)
-        contribution_sheet(rows, list(columns.values()), list(columns), sheets[0][1], row_titles=names)
+        contribution_sheet(
+            rows, list(columns.values()), list(columns), sheets[0][1], row_titles=names
+        )
         if self.all_layers:
             path = stem.with_name(f"{stem.name}-layers.png")
             layers = [layer.name for layer in reversed(self.layers)]
             maps = layer_contributions(self.model, image[None], targets, layers, sum_channels=True)
             titles = [layer or "input" for layer in layers]
-            contribution_sheet(rows, [maps[layer][0] for layer in layers], titles, path, row_titles=names)
+            contribution_sheet(
+                rows, [maps[layer][0] for layer in layers], titles, path, row_titles=names
+            )
             sheets.append(("Contributions of every layer, from the input to the output.", path))
         classes = [(self.classes[c], probabilities[0, c].item()) for c in targets[0].tolist()]
         return Section(title, classes, sheets)
 
     def animate(self, frames: Sequence[Tensor], path: Path) -> str:
-        """Write a GIF: frame, and beside it the contributions at the input to one class over the frame; returns that class's name."""
+        """Write a GIF: frame, and beside it the contributions at the input to one class over the
+        frame; returns that class's name.
+        """
         probabilities = torch.cat([self.choose(frame[None])[0] for frame in frames])
         chosen = int(probabilities.mean(0).argmax()) if self.wanted is None else self.wanted
         pictures = []
         for frame in tqdm(frames, desc="frames", leave=False):
             target = torch.tensor([[chosen]])
-            maps = layer_contributions(self.model, frame[None], target, [None], sum_channels=True)[None][0, 0]
+            maps = layer_contributions(self.model, frame[None], target, [None], sum_channels=True)[
+                None
+            ][0, 0]
             pair = torch.cat([frame, overlay(frame, maps)], dim=2).permute(1, 2, 0)  # (S, 2 S, 3)
             factor = max(1, FRAME_SIDE // self.size)
             large = pair.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
             pictures.append(Image.fromarray((large * 255).round().byte().numpy()))
         path.parent.mkdir(parents=True, exist_ok=True)
-        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=FRAME_MILLISECONDS, loop=0)
+        pictures[0].save(
+            path, save_all=True, append_images=pictures[1:], duration=FRAME_MILLISECONDS, loop=0
+        )
         return self.classes[chosen]
 
     def _over(self, image: Tensor, maps: Tensor) -> Tensor:
         return torch.stack([overlay(image, one) for one in maps])
 
 
-def explain(folder: Path, source: Path, output: Path, *, top_k: int = 3, wanted: str | None = None, all_layers: bool = False) -> Path:
-    """Explain an image, every image of a folder, or a video with the export of a run; returns the page, ``output``/index.html.
+def explain(
+    folder: Path,
+    source: Path,
+    output: Path,
+    *,
+    top_k: int = 3,
+    wanted: str | None = None,
+    all_layers: bool = False,
+) -> Path:
+    """Explain an image, every image of a folder, or a video with the export of a run; returns the
+    page, ``output``/index.html.
 
     Images of a folder that cannot be read are left out, said on stderr and listed on the page.
 
@@ -126,18 +178,30 @@ def explain(folder: Path, source: Path, output: Path, *, top_k: int = 3, wanted:
     else:
         names = _image_names(source)
         root = source if source.is_dir() else source.parent
-        for number, name in enumerate(tqdm(names, desc="explain", disable=len(names) == 1, leave=False)):
+        for number, name in enumerate(
+            tqdm(names, desc="explain", disable=len(names) == 1, leave=False)
+        ):
             try:
                 image = _read(root, name)
             except UserError as error:
                 skipped.append(str(error))
                 continue
-            sections.append(explainer.explain(explainer.view(image), name, output / f"{number:04d}-{_plain(name)}"))
+            sections.append(
+                explainer.explain(
+                    explainer.view(image), name, output / f"{number:04d}-{_plain(name)}"
+                )
+            )
     if not sections:
-        raise UserError(skipped[0] if len(skipped) == 1 else f"{source}: none of its {len(skipped)} images can be read; {skipped[0]}")
+        raise UserError(
+            skipped[0]
+            if len(skipped) == 1
+            else f"{source}: none of its {len(skipped)} images can be read; {skipped[0]}"
+        )
     for line in skipped:
         print(f"coda: left out: {line}", file=sys.stderr)
-    write_page(output / PAGE, f"{folder.resolve().name} explains {source.name}", NOTES, sections, skipped)
+    write_page(
+        output / PAGE, f"{folder.resolve().name} explains {source.name}", NOTES, sections, skipped
+    )
     return output / PAGE
 
 
@@ -145,9 +209,16 @@ def _explain_video(explainer: Explainer, source: Path, output: Path) -> list[Sec
     frames = [(seconds, explainer.view(image)) for seconds, image in _frames(source)]
     path = output / "video.gif"
     shown = explainer.animate([frame for _, frame in frames], path)
-    moving = Section(source.name, (), [(f"{len(frames)} frames, and over each its contributions at the input to {shown}.", path)])
+    moving = Section(
+        source.name,
+        (),
+        [(f"{len(frames)} frames, and over each its contributions at the input to {shown}.", path)],
+    )
     chosen = sorted({round(place) for place in np.linspace(0, len(frames) - 1, FRAME_SHEETS)})
-    stills = [(f"{source.name} at {frames[i][0]:.2f} s", frames[i][1], output / f"frame-{i:02d}") for i in chosen]
+    stills = [
+        (f"{source.name} at {frames[i][0]:.2f} s", frames[i][1], output / f"frame-{i:02d}")
+        for i in chosen
+    ]
     return [moving, *(explainer.explain(frame, title, stem) for title, frame, stem in stills)]
 
 
@@ -176,9 +247,13 @@ def _image_names(source: Path) -> list[str]:
     if source.is_file():
         return [source.name]
     known = Image.registered_extensions()
-    names = sorted(path.name for path in source.iterdir() if path.is_file() and path.suffix.lower() in known)
+    names = sorted(
+        path.name for path in source.iterdir() if path.is_file() and path.suffix.lower() in known
+    )
     if not names:
-        raise UserError(f"{source}: holds no images; valid endings are those that Pillow reads, such as .jpg and .png")
+        raise UserError(
+            f"{source}: holds no images; valid endings are those that Pillow reads, such as .jpg and .png"
+        )
     return names
 
 

@@ -1,4 +1,6 @@
-"""One HTML page that holds everything it shows: pictures as data URIs, no script, no network, and every text escaped."""
+"""One HTML page that holds everything it shows: pictures as data URIs, no script, no network, and
+every text escaped.
+"""
 
 import base64
 from collections.abc import Sequence
@@ -9,7 +11,8 @@ from pathlib import Path
 from pipeline.files import write_atomically
 
 MIME = {".png": "image/png", ".gif": "image/gif"}
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser enforces what the page promises
+# the browser enforces what the page promises
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1a1a1a; background: #fff; }
 section { border-top: 1px solid #ccc; margin-top: 2rem; }
@@ -28,11 +31,19 @@ class Section:
     """One explained image or video."""
 
     title: str
-    classes: Sequence[tuple[str, float]] = ()  # (name, probability), the most probable first
-    pictures: Sequence[tuple[str, Path]] = ()  # (caption, PNG or GIF file)
+    classes: Sequence[tuple[str, float]] = ()
+    """(name, probability), the most probable first."""
+    pictures: Sequence[tuple[str, Path]] = ()
+    """(caption, PNG or GIF file)."""
 
 
-def write_page(path: Path, title: str, notes: Sequence[str], sections: Sequence[Section], skipped: Sequence[str]) -> None:
+def write_page(
+    path: Path,
+    title: str,
+    notes: Sequence[str],
+    sections: Sequence[Section],
+    skipped: Sequence[str],
+) -> None:
     """Write the page: what it shows, a section for each image, and what could not be read."""
     left_out = "".join(f"<li>{escape(line)}</li>" for line in skipped)
     parts = [
@@ -55,7 +66,10 @@ def page_html(title: str, parts: Sequence[str]) -> str:
 
 
 def _section(section: Section) -> str:
-    rows = "".join(f"<tr><td>{escape(name)}</td><td>{probability:.3f}</td></tr>" for name, probability in section.classes)
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{probability:.3f}</td></tr>"
+        for name, probability in section.classes
+    )
     table = f"<table><tr><th>class</th><th>probability</th></tr>{rows}</table>" if rows else ""
     return f"<section><h2>{escape(section.title)}</h2>{table}{''.join(figure_html(*picture) for picture in section.pictures)}</section>"
 

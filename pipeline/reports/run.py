@@ -1,4 +1,6 @@
-"""What a finished run leaves for people: its export, the evaluation of that export, tables and pictures."""
+"""What a finished run leaves for people: its export, the evaluation of that export, tables and
+pictures.
+"""
 
 import csv
 import io
@@ -18,24 +20,43 @@ from pipeline.evaluation.cache import ResultStore, Row, identify
 from pipeline.evaluation.evaluate import Evaluation, evaluate, tasks
 from pipeline.export import find_export, load_export
 from pipeline.files import write_atomically
-from pipeline.interpret.contributions import exact_layers, explainable_layers, explanation_mode, layer_contributions
-from pipeline.interpret.methods import METHODS, at_input_size, attribution_maps, check_method, own_place
+from pipeline.interpret.contributions import (
+    exact_layers,
+    explainable_layers,
+    explanation_mode,
+    layer_contributions,
+)
+from pipeline.interpret.methods import (
+    METHODS,
+    at_input_size,
+    attribution_maps,
+    check_method,
+    own_place,
+)
 from pipeline.recipe.schema import Recipe
-from pipeline.reports.figures import alignment_figure, depth_figure, localisation_figure, removal_figure
+from pipeline.reports.figures import (
+    alignment_figure,
+    depth_figure,
+    localisation_figure,
+    removal_figure,
+)
 from pipeline.reports.plots import contribution_sheet
 from pipeline.tracking import Tracker
 
 EVALUATION = "evaluation.json"
 TABLES, PICTURES, STORE = "tables", "pictures", "results"
-SHEET = "contributions.png"  # of the pictures: contribution maps of a few images
+# of the pictures: contribution maps of a few images
+SHEET = "contributions.png"
 PICTURED_IMAGES = 6
 
 
 def conclude(folder: Path, recipe: Recipe, world: World) -> Evaluation:
-    """Evaluate the export of the run or export ``folder`` in full; write evaluation.json, tables and pictures into ``folder``.
+    """Evaluate the export of the run or export ``folder`` in full; write evaluation.json, tables
+    and pictures into ``folder``.
 
-    What was evaluated before with the same weights, images and settings is taken from ``folder``/results and not computed again;
-    evaluation.json holds all of that, whatever is asked for now. Every process must call it.
+    What was evaluated before with the same weights, images and settings is taken from
+    ``folder``/results and not computed again; evaluation.json holds all of that, whatever is asked
+    for now. Every process must call it.
 
     Raises:
         UserError: no export, no prepared data, or a method that does not apply to the model.
@@ -47,13 +68,24 @@ def conclude(folder: Path, recipe: Recipe, world: World) -> Evaluation:
     loader = eval_loader(recipe, world, evaluation.batch_size)
     identity = gather_across_ranks(identify(exported, recipe.data) if world.is_main else None)[0]
     store = ResultStore(folder / STORE, identity)
-    result = evaluate(model, recipe, loader, world, evaluation.final_metrics, evaluation.methods, store)
+    result = evaluate(
+        model, recipe, loader, world, evaluation.final_metrics, evaluation.methods, store
+    )
     if world.is_main:
         result = _with_known(result, store, tasks(evaluation.final_metrics, evaluation.methods))
-        shown = {"name": recipe.name, "model": recipe.model.name, **identity, "grid_size": evaluation.grid_size}
+        shown = {
+            "name": recipe.name,
+            "model": recipe.model.name,
+            **identity,
+            "grid_size": evaluation.grid_size,
+        }
         content = {**shown, "values": result.values, "tables": result.tables}
         encoded = json.dumps(content, indent=1).encode()
-        if not (pictures(folder) and (folder / EVALUATION).is_file() and (folder / EVALUATION).read_bytes() == encoded):
+        if not (
+            pictures(folder)
+            and (folder / EVALUATION).is_file()
+            and (folder / EVALUATION).read_bytes() == encoded
+        ):
             _write_tables(recipe.name, result, folder / TABLES)
             _draw(model, recipe, world, loader, result, folder / PICTURES)
             write_atomically(folder / EVALUATION, encoded)
@@ -62,7 +94,9 @@ def conclude(folder: Path, recipe: Recipe, world: World) -> Evaluation:
 
 
 def applicable_methods(folder: Path) -> list[str]:
-    """The explanation methods that say something about the exported model of the run or export ``folder``."""
+    """The explanation methods that say something about the exported model of the run or export
+    ``folder``.
+    """
     model, found = load_export(find_export(folder)), []
     for method in METHODS:
         with suppress(UserError):
@@ -74,11 +108,16 @@ def applicable_methods(folder: Path) -> list[str]:
 def track(tracker: Tracker, recipe: Recipe, folder: Path, result: Evaluation) -> None:
     """Tell the tracker of the run in ``folder`` what ``conclude`` found.
 
-    A metric that an earlier evaluation gave another value, under other settings, keeps it; the new one stands beside it as a tag.
+    A metric that an earlier evaluation gave another value, under other settings, keeps it; the new
+    one stands beside it as a tag.
     """
     epoch = recipe.training.epochs
     history = tracker.history()
-    changed = {name: value for name, value in result.values.items() if history.get((name, epoch), value) != value}
+    changed = {
+        name: value
+        for name, value in result.values.items()
+        if history.get((name, epoch), value) != value
+    }
     tracker.tags({f"evaluated again/{name}": str(value) for name, value in changed.items()})
     tracker.metrics(result.values, step=epoch)
     for index, point in enumerate(result.curve):
@@ -98,7 +137,9 @@ def pictures(folder: Path) -> list[Path]:
     return sorted((folder / PICTURES).glob("*.png"))
 
 
-def _with_known(result: Evaluation, store: ResultStore, asked: Sequence[tuple[str, str]]) -> Evaluation:
+def _with_known(
+    result: Evaluation, store: ResultStore, asked: Sequence[tuple[str, str]]
+) -> Evaluation:
     """``result`` joined with what else the store knows of the same weights and images."""
     joined = Evaluation()
     for (metric, method), known in store.known().items():
@@ -112,7 +153,9 @@ def _with_known(result: Evaluation, store: ResultStore, asked: Sequence[tuple[st
 
 def _write_tables(name: str, result: Evaluation, folder: Path) -> None:
     """One CSV file for each metric's rows, and one for all values."""
-    values: list[Row] = [{"run": name, "metric": metric, "value": value} for metric, value in result.values.items()]
+    values: list[Row] = [
+        {"run": name, "metric": metric, "value": value} for metric, value in result.values.items()
+    ]
     for metric, rows in {"values": values, **result.tables}.items():
         text = io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -122,7 +165,9 @@ def _write_tables(name: str, result: Evaluation, folder: Path) -> None:
 
 
 def draw_contributions(model: nn.Module, world: World, loader: EpochLoader, path: Path) -> None:
-    """A sheet of the same few validation images at any time: contributions to their strongest class, at the input and the junction."""
+    """A sheet of the same few validation images at any time: contributions to their strongest
+    class, at the input and the junction.
+    """
     images, targets, titles = _pictured(model, world, loader)
     junction = exact_layers(model, explainable_layers(model, images[:1]))[-1].name
     found = layer_contributions(model, images, targets[:, None], [None, junction])
@@ -135,18 +180,30 @@ def draw_contributions(model: nn.Module, world: World, loader: EpochLoader, path
     contribution_sheet(images.cpu(), maps, list(columns), path, row_titles=titles)
 
 
-def _pictured(model: nn.Module, world: World, loader: EpochLoader) -> tuple[Tensor, Tensor, list[str]]:
+def _pictured(
+    model: nn.Module, world: World, loader: EpochLoader
+) -> tuple[Tensor, Tensor, list[str]]:
     """The pictured images (B, 3, H, W), their strongest classes (B,), and a title for each."""
     samples = torch.linspace(0, loader.samples - 1, PICTURED_IMAGES).long().unique()
     with loader.select(samples.numpy()) as batches:
         images = unit_range(torch.cat([batch.images for batch in batches]), world.device)
     with torch.no_grad(), explanation_mode(model):
         probabilities, targets = model(images).sigmoid().max(1)
-    titles = [f"{loader.classes[c]}: p = {p:.2f}" for c, p in zip(targets.tolist(), probabilities.tolist(), strict=True)]
+    titles = [
+        f"{loader.classes[c]}: p = {p:.2f}"
+        for c, p in zip(targets.tolist(), probabilities.tolist(), strict=True)
+    ]
     return images, targets, titles
 
 
-def _draw(model: nn.Module, recipe: Recipe, world: World, loader: EpochLoader, result: Evaluation, folder: Path) -> None:
+def _draw(
+    model: nn.Module,
+    recipe: Recipe,
+    world: World,
+    loader: EpochLoader,
+    result: Evaluation,
+    folder: Path,
+) -> None:
     draw_contributions(model, world, loader, folder / SHEET)
     if len(recipe.evaluation.methods) > 1:
         images, targets, names = _pictured(model, world, loader)

@@ -1,4 +1,6 @@
-"""The journals of a run: append-only files in its folder, one for what the training says and one for each node that is watched."""
+"""The journals of a run: append-only files in its folder, one for what the training says and one
+for each node that is watched.
+"""
 
 import fcntl
 import json
@@ -12,17 +14,22 @@ from typing import Any
 
 from pipeline.errors import UserError
 
-JOURNAL = "journal.jsonl"  # its name in the run folder
+# its name in the run folder
+JOURNAL = "journal.jsonl"
 NODE_JOURNALS = "system-*.jsonl"
-RUN_KEY = "coda.run_key"  # tag by which a run is found that was created just before this process died
-_KEY = re.compile(r"(?=.{1,250}$)\w[\w.\- :]*(/\w[\w.\- :]*)*")  # the names MLflow takes
+# tag by which a run is found that was created just before this process died
+RUN_KEY = "coda.run_key"
+# the names MLflow takes
+_KEY = re.compile(r"(?=.{1,250}$)\w[\w.\- :]*(/\w[\w.\- :]*)*")
 KINDS = ("metric", "param", "tag", "artifact", "image", "dataset", "model", "status")
 
 
 class Journal:
-    """An append-only file and what it holds. A last line without its end, left by a kill, is cut off.
+    """An append-only file and what it holds. A last line without its end, left by a kill, is cut
+    off.
 
-    It is locked for as long as it is open, where the file system has locks: ``sync`` sees by that whether its run is alive.
+    It is locked for as long as it is open, where the file system has locks: ``sync`` sees by that
+    whether its run is alive.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,7 +37,9 @@ class Journal:
         self.known: dict[str, dict[Any, Any]] = {kind: {} for kind in KINDS}
         self.size = 0
         self._file = open(path, "a+b")
-        with suppress(OSError):  # a process that was killed may have left a child that holds it: no reason to stop a training
+        # a process that was killed may have left a child that holds it: no reason to stop a
+        # training
+        with suppress(OSError):
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._file.seek(0)
         for number, line in enumerate(self._file, start=1):
@@ -39,7 +48,9 @@ class Journal:
             try:
                 self._remember(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path} line {number}: is no journal entry; repair it or move the file away") from error
+                raise UserError(
+                    f"{path} line {number}: is no journal entry; repair it or move the file away"
+                ) from error
             self.size += len(line)
         self._file.truncate(self.size)
 
@@ -47,10 +58,17 @@ class Journal:
         """One line per entry of ``values``, all in one write."""
         for key in values:
             if kind != "artifact" and not _KEY.fullmatch(key):
-                raise ValueError(f"{key!r}: MLflow takes only letters, digits, blanks and _ - . / : in names")
+                raise ValueError(
+                    f"{key!r}: MLflow takes only letters, digits, blanks and _ - . / : in names"
+                )
         now = time.time_ns() // 1_000_000
-        records = [{"kind": kind, "key": key, "value": value, "timestamp": now} | rest for key, value in values.items()]
-        self.size += self._file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
+        records = [
+            {"kind": kind, "key": key, "value": value, "timestamp": now} | rest
+            for key, value in values.items()
+        ]
+        self.size += self._file.write(
+            b"".join(json.dumps(record).encode() + b"\n" for record in records)
+        )
         self._file.flush()
         for record in records:
             self._remember(record)
@@ -62,13 +80,19 @@ class Journal:
         self._file.close()
 
     def _remember(self, record: dict[str, Any]) -> None:
-        key = (record["key"], record["step"]) if record["kind"] in ("metric", "image") else record["key"]
+        key = (
+            (record["key"], record["step"])
+            if record["kind"] in ("metric", "image")
+            else record["key"]
+        )
         self.known[record["kind"]][key] = record["value"]
         self.last_time = record["timestamp"]
 
 
 def is_open(path: Path) -> bool:
-    """Whether a process of this machine, or of any that shares the file's locks, has the journal at ``path`` open."""
+    """Whether a process of this machine, or of any that shares the file's locks, has the journal at
+    ``path`` open.
+    """
     with open(path, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,9 @@
-"""The load of a node beside its training: MLflow's own measurements, but journal first, as everything else.
+"""The load of a node beside its training: MLflow's own measurements, but journal first, as
+everything else.
 
-Each watched node has a journal of its own in the run's folder, which the main process brings to MLflow. The names are those that
-MLflow's page of system metrics shows: ``system/<node>/cpu_utilization_percentage`` and so on; steps count samples.
+Each watched node has a journal of its own in the run's folder, which the main process brings to
+MLflow. The names are those that MLflow's page of system metrics shows:
+``system/<node>/cpu_utilization_percentage`` and so on; steps count samples.
 """
 
 import logging
@@ -14,12 +16,16 @@ from pipeline.tracking.journal import Journal
 
 log = logging.getLogger(__name__)
 
-_SECONDS = 10.0  # between two samples, as in MLflow; MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL overrides both
-_STOP_SECONDS = 2.0  # a thread that is still importing MLflow is not waited for
+# between two samples, as in MLflow; MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL overrides both
+_SECONDS = 10.0
+# a thread that is still importing MLflow is not waited for
+_STOP_SECONDS = 2.0
 
 
 class SystemMonitor:
-    """Samples this node in a thread until it is stopped. GPUs are included where nvidia-ml-py or pyrsmi is installed."""
+    """Samples this node in a thread until it is stopped. GPUs are included where nvidia-ml-py or
+    pyrsmi is installed.
+    """
 
     def __init__(self, folder: Path) -> None:
         node = os.environ.get("MLFLOW_SYSTEM_METRICS_NODE_ID") or node_name(os.environ)
@@ -39,7 +45,8 @@ class SystemMonitor:
         monitors = _monitors()
         step = 1 + max((step for _, step in self._journal.known["metric"]), default=-1)
         for monitor in monitors:
-            monitor.collect_metrics()  # the first sample of the processor's load is always 0
+            # the first sample of the processor's load is always 0
+            monitor.collect_metrics()
             monitor.clear_metrics()
         while not self._stopped.wait(self._seconds):
             values: dict[str, float] = {}
@@ -48,8 +55,13 @@ class SystemMonitor:
                 values |= monitor.aggregate_metrics()
                 monitor.clear_metrics()
             try:
-                self._journal.append("metric", {f"{self._prefix}/{name}": value for name, value in values.items()}, step=step)
-            except OSError as error:  # a full disk is no reason to end a training here
+                self._journal.append(
+                    "metric",
+                    {f"{self._prefix}/{name}": value for name, value in values.items()},
+                    step=step,
+                )
+            except OSError as error:
+                # a full disk is no reason to end a training here
                 log.warning("no more system metrics: %s", error)
                 break
             step += 1
@@ -67,6 +79,7 @@ def _monitors() -> list:
     for of_gpus in (GPUMonitor, ROCMMonitor):
         try:
             monitors.append(of_gpus())
-        except (ImportError, RuntimeError):  # no package for such GPUs, or no driver
+        except (ImportError, RuntimeError):
+            # no package for such GPUs, or no driver
             continue
     return monitors

@@ -4,6 +4,7 @@ import os
 
 import torch
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it imports MLflow
+# it imports MLflow
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

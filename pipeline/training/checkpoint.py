@@ -1,10 +1,11 @@
 """Checkpoints that are complete or absent, and whose loading runs no code.
 
-A checkpoint is a folder ``update-<n>`` with ``model.pt`` (the whole model, the average of its weights if there is one, class
-names, progress), one ``rank-<r>.pt`` a process (random state, batch norm statistics, and optimiser state: whole on rank 0, or
-this rank's shard with ZeRO 1 and 2) and ``manifest.json`` (size and SHA-256 of every file). It is written under a temporary
-name, synced to disk and renamed. DeepSpeed's own checkpoints overwrite in place, name the latest before all ranks have written,
-and are loaded by unpickling.
+A checkpoint is a folder ``update-<n>`` with ``model.pt`` (the whole model, the average of its
+weights if there is one, class names, progress), one ``rank-<r>.pt`` a process (random state, batch
+norm statistics, and optimiser state: whole on rank 0, or this rank's shard with ZeRO 1 and 2) and
+``manifest.json`` (size and SHA-256 of every file). It is written under a temporary name, synced to
+disk and renamed. DeepSpeed's own checkpoints overwrite in place, name the latest before all ranks
+have written, and are loaded by unpickling.
 """
 
 import hashlib
@@ -31,7 +32,8 @@ from pipeline.training.lease import Lease
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-KEEP = 2  # newest checkpoints that stay on disk, beside the best
+# newest checkpoints that stay on disk, beside the best
+KEEP = 2
 BEST = "best.json"
 
 
@@ -48,14 +50,18 @@ class Checkpoints:
     def __init__(self, folder: Path, world: World, classes: Sequence[str], lease: Lease):
         self.folder, self.world, self.classes, self.lease = folder, world, list(classes), lease
 
-    def save(self, engine: "DeepSpeedEngine", updates: int, average: nn.Module | None = None) -> None:
-        """Write the state after ``updates`` optimiser updates, and leave it as it is. Every process must call it.
+    def save(
+        self, engine: "DeepSpeedEngine", updates: int, average: nn.Module | None = None
+    ) -> None:
+        """Write the state after ``updates`` optimiser updates, and leave it as it is. Every process
+        must call it.
 
         Args:
             engine, updates: the training and how far it is.
             average: an average of the model's weights, stored beside the model.
 
-        The model is written with the mean of the processes' batch norm statistics; each keeps its own for going on.
+        The model is written with the mean of the processes' batch norm statistics; each keeps its
+        own for going on.
 
         Raises:
             OSError: on every process, if one cannot write. The checkpoints before this one stay.
@@ -65,7 +71,11 @@ class Checkpoints:
         temporary = self.folder / f".saving-{updates}-{self.world.incarnation}"
         modules = _modules(engine, average)
         own = {
-            key: {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+            key: {
+                name: buffer.clone()
+                for name, buffer in module.named_buffers()
+                if buffer.is_floating_point()
+            }
             for key, module in modules.items()
         }
         for module in modules.values():
@@ -78,7 +88,9 @@ class Checkpoints:
             newest = next((path.name for path in _published(self.folder)), None)
             kept = f"{newest} stays the newest" if newest else "there is none yet"
             reason = f"cannot be written: {error.strerror or error}; {kept}"
-            raise OSError(error.errno, reason, f"checkpoint {self.folder}/update-{updates}") from error
+            raise OSError(
+                error.errno, reason, f"checkpoint {self.folder}/update-{updates}"
+            ) from error
         finally:
             if self.world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -92,7 +104,9 @@ class Checkpoints:
             report("saved", updates)
 
     def mark_best(self, updates: int, value: float) -> None:
-        """Keep the checkpoint after ``updates``, just written, if no other has a higher ``value``. Every process must call it."""
+        """Keep the checkpoint after ``updates``, just written, if no other has a higher ``value``.
+        Every process must call it.
+        """
 
         def mark() -> None:
             path = self.folder / BEST
@@ -102,11 +116,16 @@ class Checkpoints:
         together(mark, main_only=True)
 
     def newest(self) -> Path | None:
-        """Folder of the newest valid checkpoint, None if there is none. Every process must call it; all get the same answer."""
+        """Folder of the newest valid checkpoint, None if there is none. Every process must call it;
+        all get the same answer.
+        """
         return gather_across_ranks(_newest_valid(self.folder) if self.world.is_main else None)[0]
 
-    def load(self, engine: "DeepSpeedEngine", path: Path | None, average: nn.Module | None = None) -> int:
-        """Restore the checkpoint ``path``, if it is not None, and return its number of updates; removes unfinished ones.
+    def load(
+        self, engine: "DeepSpeedEngine", path: Path | None, average: nn.Module | None = None
+    ) -> int:
+        """Restore the checkpoint ``path``, if it is not None, and return its number of updates;
+        removes unfinished ones.
 
         Restores into ``engine`` and ``average`` what ``save`` was given.
 
@@ -132,14 +151,18 @@ class Checkpoints:
         except RuntimeError as error:
             if not str(error).startswith("Error(s) in loading state_dict"):
                 raise
-            raise UserError(f"checkpoint {path}: its tensors do not fit this model; give the run another name") from error
+            raise UserError(
+                f"checkpoint {path}: its tensors do not fit this model; give the run another name"
+            ) from error
         own = path / f"rank-{self.world.rank}.pt"
         if len(list(path.glob("rank-*.pt"))) == self.world.size:
             private = _load(own)
             _set_random_state(private["random"], self.world)
             for key, module in modules.items():
                 module.load_state_dict(private["buffers"][key], strict=False)
-        _optimizer(engine).load_state_dict(_load(own if _sharded(engine) else path / "rank-0.pt")["optimizer"])
+        _optimizer(engine).load_state_dict(
+            _load(own if _sharded(engine) else path / "rank-0.pt")["optimizer"]
+        )
         if _sharded(engine):
             engine.optimizer.refresh_fp32_params()
         if self.world.is_main:
@@ -164,19 +187,29 @@ class Checkpoints:
     ) -> None:
         if self.world.is_main:
             weights = {key: module.state_dict() for key, module in modules.items()}
-            state = {**weights, "classes": self.classes, "updates": updates, "shards": self._shards(engine)}
+            state = {
+                **weights,
+                "classes": self.classes,
+                "updates": updates,
+                "shards": self._shards(engine),
+            }
             _store(state, temporary / "model.pt")
-        optimizer = _optimizer(engine).state_dict() if self.world.is_main or _sharded(engine) else None
+        optimizer = (
+            _optimizer(engine).state_dict() if self.world.is_main or _sharded(engine) else None
+        )
         private = {"random": _random_state(self.world), "buffers": buffers, "optimizer": optimizer}
         _store(private, temporary / f"rank-{self.world.rank}.pt")
 
     def _publish(self, temporary: Path, updates: int) -> None:
-        files = {file.name: [file.stat().st_size, _sha256(file)] for file in sorted(temporary.iterdir())}
+        files = {
+            file.name: [file.stat().st_size, _sha256(file)] for file in sorted(temporary.iterdir())
+        }
         write_atomically(temporary / "manifest.json", json.dumps(files, indent=1).encode())
         _sync(temporary)
         final = self.folder / f"update-{updates}"
         self.lease.check()
-        shutil.rmtree(final, ignore_errors=True)  # a broken one, or the same state saved before a restart
+        # a broken one, or the same state saved before a restart
+        shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
         _sync(self.folder)
         best = self.folder / BEST
@@ -194,14 +227,18 @@ def newest_model(folder: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     """
     path = _newest_valid(folder)
     if path is None:
-        raise UserError(f"{folder}: holds no valid checkpoint; `coda train` writes one at the end of every epoch")
+        raise UserError(
+            f"{folder}: holds no valid checkpoint; `coda train` writes one at the end of every epoch"
+        )
     state = _load(path / "model.pt")
     return state.get("average", state["model"]), state["classes"]
 
 
 def _published(folder: Path) -> list[Path]:
     """Checkpoints under their final names, newest first."""
-    found = [path for path in folder.glob("update-*") if path.name.removeprefix("update-").isdigit()]
+    found = [
+        path for path in folder.glob("update-*") if path.name.removeprefix("update-").isdigit()
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("update-")), reverse=True)
 
 
@@ -223,13 +260,18 @@ def _sharded(engine: "DeepSpeedEngine") -> bool:
 
 
 def _optimizer(engine: "DeepSpeedEngine") -> torch.optim.Optimizer:
-    """torch's own optimiser, inside ZeRO's wrapper if there is one. Its parameters are fp32, so the model holds the weights."""
+    """torch's own optimiser, inside ZeRO's wrapper if there is one. Its parameters are fp32, so the
+    model holds the weights.
+    """
     return engine.optimizer.optimizer if _sharded(engine) else engine.optimizer
 
 
 def _random_state(world: World) -> list[torch.Tensor]:
     """States of torch's generators: the processor's, and on a GPU also the device's."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(world.device)] if world.device.type == "cuda" else [])]
+    return [
+        torch.get_rng_state(),
+        *([torch.cuda.get_rng_state(world.device)] if world.device.type == "cuda" else []),
+    ]
 
 
 def _set_random_state(states: list[torch.Tensor], world: World) -> None:
@@ -239,7 +281,8 @@ def _set_random_state(states: list[torch.Tensor], world: World) -> None:
 
 
 def _store(state: dict[str, Any], path: Path) -> None:
-    content = io.BytesIO()  # given the file itself, torch reports a full disk as a failed internal check
+    # given the file itself, torch reports a full disk as a failed internal check
+    content = io.BytesIO()
     torch.save(state, content)
     with path.open("wb") as file:
         file.write(content.getbuffer())
@@ -251,14 +294,19 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"checkpoint {path}: holds more than tensors and plain data, so it is not loaded") from error
+        raise UserError(
+            f"checkpoint {path}: holds more than tensors and plain data, so it is not loaded"
+        ) from error
 
 
 def _valid(path: Path) -> bool:
     """Whether the checkpoint is whole. Raises OSError: it cannot be read, which says nothing of it."""
     try:
         files = json.loads((path / "manifest.json").read_text())
-        return all((path / name).stat().st_size == size and _sha256(path / name) == digest for name, (size, digest) in files.items())
+        return all(
+            (path / name).stat().st_size == size and _sha256(path / name) == digest
+            for name, (size, digest) in files.items()
+        )
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
 

@@ -1,4 +1,6 @@
-"""What a failed run leaves for its finder: the first error of any process, and where each process stood when nothing moved."""
+"""What a failed run leaves for its finder: the first error of any process, and where each process
+stood when nothing moved.
+"""
 
 import faulthandler
 import logging
@@ -22,26 +24,34 @@ STACKS = "stacks"
 
 @contextmanager
 def first_error(folder: Path, world: World, stop: Stop) -> Iterator[None]:
-    """Keep the first exception of any process in ``folder``/first_error.txt; of an earlier start's, only until the next.
+    """Keep the first exception of any process in ``folder``/first_error.txt; of an earlier start's,
+    only until the next.
 
-    One failure brings many: the others lose their connection. A process that was asked to stop and then loses its connection has
-    peers that were faster to leave: it leaves as they did. Any other exception is kept, asked to stop or not. A user's mistake that is
-    found before there is a run leaves no file behind.
+    One failure brings many: the others lose their connection. A process that was asked to stop and
+    then loses its connection has peers that were faster to leave: it leaves as they did. Any other
+    exception is kept, asked to stop or not. A user's mistake that is found before there is a run
+    leaves no file behind.
     """
     path = folder / FIRST_ERROR
     try:
         yield
     except Exception as error:
         if stop.asked and lost_peer(error):
-            log.warning("asked to stop; the other processes have left: %s", error, exc_info=tracebacks_wanted())
+            log.warning(
+                "asked to stop; the other processes have left: %s",
+                error,
+                exc_info=tracebacks_wanted(),
+            )
             stop.leave()
         if isinstance(error, UserError) and not folder.exists():
             raise
         if isinstance(error, OSError) and error.errno in FULL and not error.filename:
-            error.filename = str(folder)  # a write into an open file says only that the disk is full, not which
+            # a write into an open file says only that the disk is full, not which
+            error.filename = str(folder)
         try:
             _write_first(path, world, error)
-        except OSError as unwritten:  # such as a full disk, which may be the very error
+        except OSError as unwritten:
+            # such as a full disk, which may be the very error
             error.add_note(f"{path} could not be written: {unwritten}")
         raise
     if world.is_main:
@@ -55,7 +65,8 @@ def _write_first(path: Path, world: World, error: Exception) -> None:
     try:
         mine.write_text(f"{title}\n{''.join(traceback.format_exception(error))}")
         try:
-            os.link(mine, path)  # fails where another process was first
+            # fails where another process was first
+            os.link(mine, path)
         except FileExistsError:
             if f", {world.incarnation}, " not in path.read_text().partition("\n")[0]:
                 os.replace(mine, path)
@@ -64,10 +75,12 @@ def _write_first(path: Path, world: World, error: Exception) -> None:
 
 
 class Watchdog:
-    """Writes the stacks of all threads to ``folder``/stacks/<incarnation>-rank-<r>.txt when nothing moves, or SIGUSR2 asks.
+    """Writes the stacks of all threads to ``folder``/stacks/<incarnation>-rank-<r>.txt when nothing
+    moves, or SIGUSR2 asks.
 
-    It works in C, without the interpreter, so it sees a process that hangs in a library. It fires a little before the processes
-    that wait for a hung one give up, while all are still alive. A context manager.
+    It works in C, without the interpreter, so it sees a process that hangs in a library. It fires a
+    little before the processes that wait for a hung one give up, while all are still alive. A
+    context manager.
     """
 
     def __init__(self, folder: Path, world: World) -> None:

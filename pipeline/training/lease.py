@@ -1,7 +1,7 @@
 """Who may write into a run folder: only the newest start of its training.
 
-A node that Slurm has given up may still be running, and so may a job that was submitted twice. Both come to a checkpoint or a metric
-at some time, and find that the run is no longer theirs.
+A node that Slurm has given up may still be running, and so may a job that was submitted twice. Both
+come to a checkpoint or a metric at some time, and find that the run is no longer theirs.
 """
 
 import re
@@ -14,7 +14,9 @@ LEASE = "lease"
 
 
 class Lease:
-    """The right of ``owner`` (``World.incarnation``) to write into ``folder``. For the main process only."""
+    """The right of ``owner`` (``World.incarnation``) to write into ``folder``. For the main process
+    only.
+    """
 
     def __init__(self, folder: Path, owner: str) -> None:
         self._path, self._owner = folder / LEASE, owner
@@ -27,13 +29,17 @@ class Lease:
         """
         holder = self._holder()
         if _later_restart(holder, self._owner):
-            raise UserError(f"run {self._path.parent}: {holder} is training it, so the older {self._owner} stops")
+            raise UserError(
+                f"run {self._path.parent}: {holder} is training it, so the older {self._owner} stops"
+            )
         write_atomically(self._path, self._owner.encode())
 
     def check(self) -> None:
         """Raise UserError if another start has taken over."""
         if (holder := self._holder()) != self._owner:
-            raise UserError(f"run {self._path.parent}: {holder or 'nobody'} has taken over its training from {self._owner}, which stops")
+            raise UserError(
+                f"run {self._path.parent}: {holder or 'nobody'} has taken over its training from {self._owner}, which stops"
+            )
 
     def _holder(self) -> str:
         return self._path.read_text() if self._path.exists() else ""

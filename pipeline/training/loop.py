@@ -1,4 +1,6 @@
-"""Training: recipe -> run folder. Killed at any moment and started again, it ends with the same weights and metrics."""
+"""Training: recipe -> run folder. Killed at any moment and started again, it ends with the same
+weights and metrics.
+"""
 
 import hashlib
 import math
@@ -17,7 +19,15 @@ from pipeline.data.epoch_loader import Batch, unit_range
 from pipeline.data.loaders import eval_loader, train_loader
 from pipeline.data.memory import require_memory
 from pipeline.data.prepare import prepare
-from pipeline.distributed import World, average_buffers, barrier, gather_across_ranks, job_tags, sum_across_ranks, together
+from pipeline.distributed import (
+    World,
+    average_buffers,
+    barrier,
+    gather_across_ranks,
+    job_tags,
+    sum_across_ranks,
+    together,
+)
 from pipeline.errors import UserError, report
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.export import FOLDER, export
@@ -36,37 +46,50 @@ from pipeline.training.optim import build_optimizer, learning_rate
 from pipeline.training.penalty import DynamicWeightPenalty
 from pipeline.training.stop import Stop
 
-SELECTED_BY = "val/top1"  # the checkpoint with the highest one is kept
+# the checkpoint with the highest one is kept
+SELECTED_BY = "val/top1"
 
 
 def train(recipe: Recipe, world: World) -> None:
-    """Train to the recipe's last update, from the newest checkpoint of the run folder if there is one.
+    """Train to the recipe's last update, from the newest checkpoint of the run folder if there is
+    one.
 
-    Leaves in ``recipe.folder``: recipe.yaml, checkpoints, the journal of metrics, and, made from the final weights, the export,
-    its evaluation and pictures.
+    Leaves in ``recipe.folder``: recipe.yaml, checkpoints, the journal of metrics, and, made from
+    the final weights, the export, its evaluation and pictures.
 
     Raises:
-        UserError: the recipe does not fit the data, the number of processes, or the run that is in the folder already.
+        UserError: the recipe does not fit the data, the number of processes, or the run that is in
+            the folder already.
     """
     with Stop(world) as stop:
         with stop.at_once():
             if not gather_across_ranks((recipe.data.folder / manifest.NAME).exists())[0]:
-                prepare(recipe)  # files that are there and damaged are for `coda prepare` to replace, not for a training
+                # files that are there and damaged are for `coda prepare` to replace, not for a
+                # training
+                prepare(recipe)
         _refuse_another_run(recipe)
         with first_error(recipe.folder, world, stop):
             run = Run(recipe, world)
-            barrier()  # every process has checked data, recipe and folder before one writes
+            # every process has checked data, recipe and folder before one writes
+            barrier()
             with Watchdog(recipe.folder, world) as watchdog:
                 run.start()
                 stored = yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode()
                 together(lambda: write_atomically(recipe.folder / STORED, stored), main_only=True)
-                with open_tracker(recipe, recipe.folder, world, tags=_circumstances(recipe)) as tracker:
+                with open_tracker(
+                    recipe, recipe.folder, world, tags=_circumstances(recipe)
+                ) as tracker:
                     _note_data(recipe, tracker)
                     run.finish(tracker, stop, watchdog)
                     with stop.at_once():
                         exported = recipe.folder / FOLDER
-                        together(lambda: export(run.result, recipe, run.batches.classes, exported), main_only=True)
-                        track(tracker, recipe, recipe.folder, conclude(recipe.folder, recipe, world))
+                        together(
+                            lambda: export(run.result, recipe, run.batches.classes, exported),
+                            main_only=True,
+                        )
+                        track(
+                            tracker, recipe, recipe.folder, conclude(recipe.folder, recipe, world)
+                        )
                         tracker.model(exported)
         if world.is_main:
             report("finished")
@@ -83,7 +106,13 @@ def _note_data(recipe: Recipe, tracker: Tracker) -> None:
     for context, split in (("training", "train"), ("validation", "val")):
         file = described.splits[split]
         profile = {"samples": file.samples, "classes": len(described.classes)}
-        tracker.dataset(context, f"{recipe.data.source}-{split}", recipe.data.folder / file.file, file.tables_sha256[:16], **profile)
+        tracker.dataset(
+            context,
+            f"{recipe.data.source}-{split}",
+            recipe.data.folder / file.file,
+            file.tables_sha256[:16],
+            **profile,
+        )
 
 
 def _refuse_another_run(recipe: Recipe) -> None:
@@ -99,7 +128,8 @@ def _refuse_another_run(recipe: Recipe) -> None:
 
 
 class Run:
-    """State of one training: engine, loaders, and the number of updates done. Made without writing anything.
+    """State of one training: engine, loaders, and the number of updates done. Made without writing
+    anything.
 
     Raises:
         UserError: the recipe does not fit the data or the number of processes, or names no model.
@@ -113,10 +143,15 @@ class Run:
         self.validation = eval_loader(recipe, world, recipe.evaluation.batch_size)
         self.updates_per_epoch = self.batches.samples // recipe.training.global_batch_size
         self.lease = Lease(recipe.folder, world.incarnation)
-        self.checkpoints = Checkpoints(recipe.folder / "checkpoints", world, self.batches.classes, self.lease)
+        self.checkpoints = Checkpoints(
+            recipe.folder / "checkpoints", world, self.batches.classes, self.lease
+        )
         self.resumed_from = self.checkpoints.newest()
-        torch.manual_seed(recipe.seed)  # initialisation, and what a model draws itself (dropout)
-        self.model = build_model(recipe.model, len(self.batches.classes), fresh=self.resumed_from is None).to(world.device)
+        # initialisation, and what a model draws itself (dropout)
+        torch.manual_seed(recipe.seed)
+        self.model = build_model(
+            recipe.model, len(self.batches.classes), fresh=self.resumed_from is None
+        ).to(world.device)
         decay = recipe.training.weight_average
         self.averaging = ModelEmaV3(self.model, decay, use_warmup=True) if decay else None
         self.average = self.averaging.module if self.averaging else None
@@ -128,14 +163,18 @@ class Run:
     def start(self) -> None:
         """Take over the run folder and continue from the checkpoint that was its newest."""
         together(self.lease.take, main_only=True)
-        self.engine = engines.build(self.recipe, self.model, build_optimizer(self.model, self.recipe.training), self.world)
+        self.engine = engines.build(
+            self.recipe, self.model, build_optimizer(self.model, self.recipe.training), self.world
+        )
         self.updates = self.checkpoints.load(self.engine, self.resumed_from, self.average)
         if self.updates and self.world.is_main:
             print(f"resumed {self.recipe.folder} at update {self.updates} of {self.total_updates}")
 
     @property
     def result(self) -> torch.nn.Module:
-        """What is evaluated and exported: the average of the weights where the recipe asks for one, else the weights."""
+        """What is evaluated and exported: the average of the weights where the recipe asks for one,
+        else the weights.
+        """
         return self.engine.module if self.average is None else self.average
 
     @property
@@ -143,16 +182,31 @@ class Run:
         return self.recipe.training.epochs * self.updates_per_epoch
 
     def finish(self, tracker: Tracker, stop: Stop, watchdog: Watchdog) -> None:
-        """All epochs that are left, each followed by a checkpoint and its evaluation; ``tracker`` is told of all of it.
+        """All epochs that are left, each followed by a checkpoint and its evaluation; ``tracker``
+        is told of all of it.
 
-        A run that stopped after the checkpoint of an epoch begins with its evaluation; the tracker drops what it knows already.
+        A run that stopped after the checkpoint of an epoch begins with its evaluation; the tracker
+        drops what it knows already.
         """
         self.tracker, self.stop, self.watchdog = tracker, stop, watchdog
         self.clock = time.monotonic()
-        self.device_hours = max((value for (name, _), value in tracker.history().items() if name == "speed/device_hours"), default=0.0)
+        self.device_hours = max(
+            (
+                value
+                for (name, _), value in tracker.history().items()
+                if name == "speed/device_hours"
+            ),
+            default=0.0,
+        )
         hidden = not self.world.is_main
         self._stop_if_asked()
-        with tqdm(total=self.total_updates, initial=self.updates, unit="update", desc=self.recipe.name, disable=hidden) as bar:
+        with tqdm(
+            total=self.total_updates,
+            initial=self.updates,
+            unit="update",
+            desc=self.recipe.name,
+            disable=hidden,
+        ) as bar:
             while True:
                 epoch, done = divmod(self.updates, self.updates_per_epoch)
                 if not done:
@@ -168,7 +222,10 @@ class Run:
 
     def _train_epoch(self, batches: Iterator[Batch], bar: tqdm) -> None:
         self.engine.train()
-        every_log, every_save = self.recipe.tracking.log_every_updates, self.recipe.training.checkpoint_every_updates
+        every_log, every_save = (
+            self.recipe.tracking.log_every_updates,
+            self.recipe.training.checkpoint_every_updates,
+        )
         clock, clocked_updates = time.monotonic(), self.updates
         while True:
             loss = self._update(batches)
@@ -177,10 +234,15 @@ class Run:
             bar.update()
             save = every_save is not None and self.updates % every_save == 0
             if self.updates % every_log == 0:
-                # The one point where the host waits for the device; whether to stop costs no reduction of its own.
+                # The one point where the host waits for the device; whether to stop costs no
+                # reduction of its own.
                 mean_loss, asked = sum_across_ranks(torch.stack([loss, self.stop.flag()])).tolist()
                 now = time.monotonic()
-                speed = (self.updates - clocked_updates) * self.recipe.training.global_batch_size / (now - clock)
+                speed = (
+                    (self.updates - clocked_updates)
+                    * self.recipe.training.global_batch_size
+                    / (now - clock)
+                )
                 clock, clocked_updates = now, self.updates
                 self._log(mean_loss, speed, bar)
                 save = save or asked > 0
@@ -200,7 +262,9 @@ class Run:
             logits = self.engine(unit_range(batch.images, self.world.device)).float()
             labels = batch.labels.to(self.world.device)
             classes = labels if batch.targets is None else batch.targets.to(self.world.device)
-            loss = self.loss(logits, soft_targets(classes, logits.shape[1], self.recipe.training.label_smoothing))
+            loss = self.loss(
+                logits, soft_targets(classes, logits.shape[1], self.recipe.training.label_smoothing)
+            )
             if self.penalty:
                 loss = loss + self.penalty(labels, self.updates)
             self.engine.backward(loss)
@@ -232,14 +296,19 @@ class Run:
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
     def _evaluate(self, epoch: int) -> None:
-        """Metrics and a sheet of contributions. Before the first epoch the sheet alone: MLflow shows the pictures of step 0 first."""
+        """Metrics and a sheet of contributions. Before the first epoch the sheet alone: MLflow
+        shows the pictures of step 0 first.
+        """
         evaluation = self.recipe.evaluation
-        if epoch % evaluation.every_epochs or epoch == self.recipe.training.epochs:  # the last one is done on the export
+        # the last one is done on the export
+        if epoch % evaluation.every_epochs or epoch == self.recipe.training.epochs:
             return
         values: dict[str, float] = {}
         if epoch:
             with self.stop.at_once():
-                values = evaluate(self.result, self.recipe, self.validation, self.world, evaluation.metrics).values
+                values = evaluate(
+                    self.result, self.recipe, self.validation, self.world, evaluation.metrics
+                ).values
         self.tracker.metrics(values, step=epoch)
         if self.world.is_main:
             sheet = self.recipe.folder / PICTURES / f"epoch-{epoch:04}" / SHEET
@@ -250,7 +319,8 @@ class Run:
         self.watchdog.beat()
 
     def _save(self) -> None:
-        together(self.tracker.sync_to_disk)  # the journal is never behind a checkpoint
+        # the journal is never behind a checkpoint
+        together(self.tracker.sync_to_disk)
         self.checkpoints.save(self.engine, self.updates, self.average)
         self.watchdog.beat()
         self._stop_if_asked()
@@ -259,5 +329,8 @@ class Run:
         """Called only where everything is saved."""
         if self.stop.agreed():
             if self.world.is_main:
-                tqdm.write(f"asked to stop: saved at update {self.updates} of {self.total_updates}", file=sys.stderr)
+                tqdm.write(
+                    f"asked to stop: saved at update {self.updates} of {self.total_updates}",
+                    file=sys.stderr,
+                )
             self.stop.leave()

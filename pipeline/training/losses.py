@@ -5,11 +5,13 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # of logits (B, C) and targets (B, C)
+# of logits (B, C) and targets (B, C)
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def soft_targets(classes: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
-    """(B, C) float targets of ``classes``, labels (B,) int64 or, of mixed images, the share of each class (B, C).
+    """(B, C) float targets of ``classes``, labels (B,) int64 or, of mixed images, the share of each
+    class (B, C).
 
     Of each, ``smoothing`` is spread evenly over all classes.
     """
@@ -18,7 +20,8 @@ def soft_targets(classes: Tensor, num_classes: int, smoothing: float = 0.0) -> T
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross entropy of every class against its target, the loss of CoDA networks (arXiv 2109.13004, section 4).
+    """Binary cross entropy of every class against its target, the loss of CoDA networks (arXiv
+    2109.13004, section 4).
 
     logits (B, C), targets (B, C) in [0, 1] -> scalar.
     """

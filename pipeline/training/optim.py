@@ -1,4 +1,6 @@
-"""Optimiser and learning rate. The rate is a pure function of the number of updates done, set before every update."""
+"""Optimiser and learning rate. The rate is a pure function of the number of updates done, set
+before every update.
+"""
 
 import math
 
@@ -10,20 +12,28 @@ from pipeline.recipe.schema import TrainingRecipe
 
 
 def build_optimizer(model: nn.Module, training: TrainingRecipe) -> torch.optim.Optimizer:
-    """The recipe's optimiser; weight decay spares biases and normalisation (one-dimensional parameters).
+    """The recipe's optimiser; weight decay spares biases and normalisation (one-dimensional
+    parameters).
 
-    muon (Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024) orthogonalises the updates of matrices,
-    with everything behind a parameter's first dimension as columns, and scales them to the size of AdamW's (Liu et al.,
-    arXiv 2502.16982), so that one rate fits both. The rest is updated as by AdamW: biases, normalisation, and matrices with fewer
-    than 4 rows or columns or more than 128 times as many of one as of the other.
+    muon (Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024)
+    orthogonalises the updates of matrices, with everything behind a parameter's first dimension as
+    columns, and scales them to the size of AdamW's (Liu et al., arXiv 2502.16982), so that one rate
+    fits both. The rest is updated as by AdamW: biases, normalisation, and matrices with fewer than
+    4 rows or columns or more than 128 times as many of one as of the other.
     """
     return create_optimizer_v2(
-        model, opt=training.optimizer, lr=training.learning_rate, weight_decay=training.weight_decay, momentum=training.momentum
+        model,
+        opt=training.optimizer,
+        lr=training.learning_rate,
+        weight_decay=training.weight_decay,
+        momentum=training.momentum,
     )
 
 
 def learning_rate(update: int, updates_per_epoch: int, training: TrainingRecipe) -> float:
-    """Rate of update number ``update`` (from 0): a linear warm-up over ``warmup_epochs``, then the recipe's schedule."""
+    """Rate of update number ``update`` (from 0): a linear warm-up over ``warmup_epochs``, then the
+    recipe's schedule.
+    """
     peak = training.learning_rate
     total = training.epochs * updates_per_epoch
     warmup = round(training.warmup_epochs * updates_per_epoch)
@@ -33,4 +43,6 @@ def learning_rate(update: int, updates_per_epoch: int, training: TrainingRecipe)
     if training.schedule == "step":
         return peak / training.step_factor ** (update // updates_per_epoch // training.step_epochs)
     progress = (update - warmup) / max(total - warmup, 1)
-    return peak * (1 - progress if training.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+    return peak * (
+        1 - progress if training.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    )

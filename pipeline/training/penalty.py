@@ -1,4 +1,6 @@
-"""The regulariser of the official code, mean |W_{0->L}|, which asks for sparse maps (Böhle, Fritz, Schiele, arXiv 2109.13004)."""
+"""The regulariser of the official code, mean |W_{0->L}|, which asks for sparse maps (Böhle, Fritz,
+Schiele, arXiv 2109.13004).
+"""
 
 from typing import Any
 
@@ -8,14 +10,16 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 
-CLASSES = 5  # whose weights are penalised in every image: its own and four random ones
+# whose weights are penalised in every image: its own and four random ones
+CLASSES = 5
 
 
 class DynamicWeightPenalty:
-    """``strength`` times the mean of |W|, where T (logit - b0) = W a is the linear map from the input of the CoDA part to a class.
+    """``strength`` times the mean of |W|, where T (logit - b0) = W a is the linear map from the
+    input of the CoDA part to a class.
 
-    The map is that of the image's own class and of ``CLASSES - 1`` others, which depend on nothing but seed and update. It costs
-    two more backward passes through the CoDA part for each class.
+    The map is that of the image's own class and of ``CLASSES - 1`` others, which depend on nothing
+    but seed and update. It costs two more backward passes through the CoDA part for each class.
 
     Args:
         model: a network with dynamic layers.
@@ -27,11 +31,18 @@ class DynamicWeightPenalty:
     """
 
     def __init__(self, model: nn.Module, strength: float, seed: int):
-        self.dynamic: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "explaining", None), bool)]
+        self.dynamic: list[Any] = [
+            module
+            for module in model.modules()
+            if isinstance(getattr(module, "explaining", None), bool)
+        ]
         if not self.dynamic:
-            raise UserError("training.weight_penalty needs a model with DAU layers (coda_...); this one has no dynamic weights")
+            raise UserError(
+                "training.weight_penalty needs a model with DAU layers (coda_...); this one has no dynamic weights"
+            )
         self.model, self.strength, self.seed = model, strength, seed
-        self.junction: Tensor | None = None  # input of the first dynamic layer in the last forward pass
+        # input of the first dynamic layer in the last forward pass
+        self.junction: Tensor | None = None
         self.logits: Tensor | None = None
         model.register_forward_pre_hook(self._forget)
         model.register_forward_hook(self._keep)
@@ -45,17 +56,21 @@ class DynamicWeightPenalty:
         if self.junction is None:
             return None
         self.logits = logits
-        return logits.clone()  # an engine watches what a model returns, and lets no gradient pass but its own
+        # an engine watches what a model returns, and lets no gradient pass but its own
+        return logits.clone()
 
     def _remember(self, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
         if self.junction is not None or not torch.is_grad_enabled():
-            return None  # not the first dynamic layer, or not training
+            # not the first dynamic layer, or not training
+            return None
         (x,) = inputs
         self.junction = x if x.requires_grad else x.detach().requires_grad_()
         return (self.junction,)
 
     def classes(self, labels: Tensor, num_classes: int, update: int) -> Tensor:
-        """(B, K) int64: the label of each image, then up to CLASSES - 1 others at random offsets from it, the same in all images."""
+        """(B, K) int64: the label of each image, then up to CLASSES - 1 others at random offsets
+        from it, the same in all images.
+        """
         state = np.random.SeedSequence([self.seed, update]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0]))
         others = 1 + torch.randperm(num_classes - 1, generator=generator)[: CLASSES - 1]
@@ -63,7 +78,9 @@ class DynamicWeightPenalty:
         return (labels[:, None] + offsets) % num_classes
 
     def __call__(self, labels: Tensor, update: int) -> Tensor:
-        """The penalty, a scalar, of the last forward pass, whose images have ``labels`` (B,); ``update`` is the number of the update."""
+        """The penalty, a scalar, of the last forward pass, whose images have ``labels`` (B,);
+        ``update`` is the number of the update.
+        """
         assert self.junction is not None and self.logits is not None
         classes = self.classes(labels, self.logits.shape[1], update)
         chosen = float(self.model.temperature) * self.logits.gather(1, classes)  # type: ignore[arg-type]

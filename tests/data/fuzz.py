@@ -1,8 +1,10 @@
-"""Damaged files of every kind that preparing and verifying read: no hang, no crash, no damage unnoticed, no error without a message.
+"""Damaged files of every kind that preparing and verifying read: no hang, no crash, no damage
+unnoticed, no error without a message.
 
     python tests/data/fuzz.py [--files 2000] [--seed 0]
 
-Each mutant is read in a process of its own kind's reader, which may not take longer than ``SECONDS`` over one.
+Each mutant is read in a process of its own kind's reader, which may not take longer than
+``SECONDS`` over one.
 """
 
 import argparse
@@ -30,23 +32,41 @@ from pipeline.data.verify import verify
 from pipeline.errors import UserError
 from pipeline.images import decode
 
-SECONDS = 60  # for one file, on a machine that may be busy
-Kind = tuple[list[bytes], Callable[[bytes, bool], str]]  # files, and what reads one of them; the second argument: whether it is a mutant
+# for one file, on a machine that may be busy
+SECONDS = 60
+# files, and what reads one of them; the second argument: whether it is a mutant
+Kind = tuple[list[bytes], Callable[[bytes, bool], str]]
 
 
 def mutate(content: bytes, generator: np.random.Generator) -> bytes:
-    """One to three changes, half of them in the first 600 bytes, where most formats have their header."""
+    """One to three changes, half of them in the first 600 bytes, where most formats have their
+    header.
+    """
     damaged = bytearray(content)
     for _ in range(generator.integers(1, 4)):
-        place = int(generator.integers(0, min(len(damaged), 600) if generator.random() < 0.5 else len(damaged))) if damaged else 0
+        place = (
+            int(
+                generator.integers(
+                    0, min(len(damaged), 600) if generator.random() < 0.5 else len(damaged)
+                )
+            )
+            if damaged
+            else 0
+        )
         length = int(generator.integers(1, 9))
         match generator.integers(0, 6):
             case 0:
-                damaged[place : place + 1] = bytes([damaged[place] ^ 1 << int(generator.integers(0, 8))]) if damaged else b""
+                damaged[place : place + 1] = (
+                    bytes([damaged[place] ^ 1 << int(generator.integers(0, 8))]) if damaged else b""
+                )
             case 1:
-                damaged[place : place + length] = generator.bytes(len(damaged[place : place + length]))
+                damaged[place : place + length] = generator.bytes(
+                    len(damaged[place : place + length])
+                )
             case 2:
-                damaged[place : place + length] = bytes([int(generator.choice([0, 255]))]) * len(damaged[place : place + length])
+                damaged[place : place + length] = bytes([int(generator.choice([0, 255]))]) * len(
+                    damaged[place : place + length]
+                )
             case 3:
                 damaged[place:place] = generator.bytes(length)
             case 4:
@@ -60,13 +80,33 @@ def images() -> list[bytes]:
     """One image of each format and mode."""
     ramp = np.linspace(0, 1, 40 * 60).reshape(40, 60)
     grey = Image.fromarray((ramp * 255).astype(np.uint8))
-    colour = Image.merge("RGB", [grey, grey.point(lambda value: 255 - value), Image.new("L", grey.size, 60)])
+    colour = Image.merge(
+        "RGB", [grey, grey.point(lambda value: 255 - value), Image.new("L", grey.size, 60)]
+    )
     exif = Image.Exif()
     exif[0x0112] = 6
-    forms = [(colour, "JPEG", {"exif": exif}), (colour, "JPEG", {"progressive": True}), (grey, "JPEG", {})]
-    forms += [(colour.convert("CMYK"), "JPEG", {}), (colour, "PNG", {}), (colour.quantize(16), "PNG", {}), (colour, "GIF", {})]
-    forms += [(Image.fromarray((ramp * 65535).astype(np.uint16)), "PNG", {}), (colour, "WEBP", {}), (colour, "BMP", {})]
-    forms += [(colour, "TIFF", {}), (colour, "TIFF", {"compression": "tiff_lzw"}), (colour, "PPM", {}), (colour, "JPEG2000", {})]
+    forms = [
+        (colour, "JPEG", {"exif": exif}),
+        (colour, "JPEG", {"progressive": True}),
+        (grey, "JPEG", {}),
+    ]
+    forms += [
+        (colour.convert("CMYK"), "JPEG", {}),
+        (colour, "PNG", {}),
+        (colour.quantize(16), "PNG", {}),
+        (colour, "GIF", {}),
+    ]
+    forms += [
+        (Image.fromarray((ramp * 65535).astype(np.uint16)), "PNG", {}),
+        (colour, "WEBP", {}),
+        (colour, "BMP", {}),
+    ]
+    forms += [
+        (colour, "TIFF", {}),
+        (colour, "TIFF", {"compression": "tiff_lzw"}),
+        (colour, "PPM", {}),
+        (colour, "JPEG2000", {}),
+    ]
     buffers = []
     for image, form, options in forms:
         buffers.append(io.BytesIO())
@@ -75,9 +115,17 @@ def images() -> list[bytes]:
 
 
 def kinds(folder: Path) -> dict[str, Kind]:
-    """Name of the kind -> its files and their reader, which says what became of a file and raises what it should not."""
+    """Name of the kind -> its files and their reader, which says what became of a file and raises
+    what it should not.
+    """
     write_images(folder / "source", train=6, val=3)
-    source = {"source": "imagefolder", "path": str(folder / "source"), "image_size": 48, "write_mode": "jpg", "workers": 1}
+    source = {
+        "source": "imagefolder",
+        "path": str(folder / "source"),
+        "image_size": 48,
+        "write_mode": "jpg",
+        "workers": 1,
+    }
     made = recipe(folder / "data", **source)
     prepare(made)
     prepared = made.data.folder
@@ -92,7 +140,9 @@ def kinds(folder: Path) -> dict[str, Kind]:
             label.size = 1
             tar.addfile(label, io.BytesIO(b"1"))
     (folder / "val.tar").write_bytes((folder / "train.tar").read_bytes())
-    table = "path,label,split\n" + "".join(f"source/{split}/cat/0.png,cat,{split}\n" for split in ("train", "val", "train"))
+    table = "path,label,split\n" + "".join(
+        f"source/{split}/cat/0.png,cat,{split}\n" for split in ("train", "val", "train")
+    )
 
     def checked(path: Path) -> Callable[[bytes, bool], str]:
         def read(content: bytes, damaged: bool) -> str:
@@ -113,7 +163,8 @@ def kinds(folder: Path) -> dict[str, Kind]:
         tree = json.loads(pristine[manifest])
         for split in tree["splits"].values():
             split["xxh128"] = ""
-        begin = 1 << 23  # of the images; the tables are pristine
+        # of the images; the tables are pristine
+        begin = 1 << 23
         whole = bytearray(pristine[beton])
         whole[begin : begin + len(content)] = content[: len(whole) - begin]
         try:
@@ -130,7 +181,8 @@ def kinds(folder: Path) -> dict[str, Kind]:
     def decoded(content: bytes, damaged: bool) -> str:
         try:
             fit(decode(content), made.data, False)
-        except Exception as error:  # what the writer takes for a broken image
+        except Exception as error:
+            # what the writer takes for a broken image
             assert str(error) or type(error).__name__
             return "refused"
         return "read"
@@ -151,7 +203,8 @@ def kinds(folder: Path) -> dict[str, Kind]:
                     assert split.describe(index)
                     try:
                         fit(split.read(index), data, split.fixed_size)
-                    except Exception:  # what the writer takes for a broken image
+                    except Exception:
+                        # what the writer takes for a broken image
                         broken += 1
             return "read, with broken images" if broken else "read"
 
@@ -171,9 +224,18 @@ def kinds(folder: Path) -> dict[str, Kind]:
         ".beton": ([pristine[beton]], checked(beton)),
         "images in .beton without hash": ([area], unhashed),
         "manifest": ([pristine[manifest]], checked(manifest)),
-        "tar": ([(folder / "source.tar").read_bytes()], opened("source.tar", path=str(folder / "source.tar"))),
-        "shard": ([(folder / "train.tar").read_bytes()], opened("train.tar", source="webdataset", path=f"{folder}/{{train,val}}.tar")),
-        "csv": ([table.encode()], opened("table.csv", source="csv", path=str(folder / "table.csv"))),
+        "tar": (
+            [(folder / "source.tar").read_bytes()],
+            opened("source.tar", path=str(folder / "source.tar")),
+        ),
+        "shard": (
+            [(folder / "train.tar").read_bytes()],
+            opened("train.tar", source="webdataset", path=f"{folder}/{{train,val}}.tar"),
+        ),
+        "csv": (
+            [table.encode()],
+            opened("table.csv", source="csv", path=str(folder / "table.csv")),
+        ),
         "journal": ([journal], continued),
     }
 
@@ -185,7 +247,12 @@ def journal_of_four(data: Path) -> bytes:
 
     data.touch()
     journal = Journal(data, "x")
-    journal.commit([Chunk(100 * n, 100 * n + 90, np.full(2, n, STORED), ((n, "is broken"),), "0" * 16) for n in range(4)])
+    journal.commit(
+        [
+            Chunk(100 * n, 100 * n + 90, np.full(2, n, STORED), ((n, "is broken"),), "0" * 16)
+            for n in range(4)
+        ]
+    )
     return journal.path.read_bytes()
 
 
@@ -193,28 +260,38 @@ def campaign(files: int, seed: int) -> dict[str, collections.Counter]:
     """Read ``files`` mutants, as many of each kind; kind -> how many had which outcome.
 
     Raises:
-        AssertionError: a mutant hung, crashed its reader, or raised what no user should see; its bytes are kept.
+        AssertionError: a mutant hung, crashed its reader, or raised what no user should see; its
+            bytes are kept.
     """
     outcomes: dict[str, collections.Counter] = {}
     memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:  # thousands of files of 16 MB are written
+    # thousands of files of 16 MB are written
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
         folder = Path(name)
         readers = kinds(folder)
         for number, (kind, (originals, read)) in enumerate(readers.items()):
             count = files // len(readers) + (number < files % len(readers))
 
             def mutant(index: int, key=(seed, number), originals=originals) -> bytes:
-                return mutate(originals[index % len(originals)], np.random.default_rng([*key, index]))
+                return mutate(
+                    originals[index % len(originals)], np.random.default_rng([*key, index])
+                )
 
             outcomes[kind] = collections.Counter(_read_all(kind, count, mutant, originals, read))
     return outcomes
 
 
 def _read_all(
-    kind: str, count: int, mutant: Callable[[int], bytes], originals: list[bytes], read: Callable[[bytes, bool], str]
+    kind: str,
+    count: int,
+    mutant: Callable[[int], bytes],
+    originals: list[bytes],
+    read: Callable[[bytes, bool], str],
 ) -> list[str]:
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=_reader, args=(theirs, count, mutant, originals, read))
+    process = multiprocessing.get_context("fork").Process(
+        target=_reader, args=(theirs, count, mutant, originals, read)
+    )
     process.start()
     theirs.close()
     results: list[str] = []
@@ -232,17 +309,29 @@ def _read_all(
                     results.append(outcome)
                     continue
                 problem = outcome
-            kept = Path(tempfile.gettempdir()) / f"coda-mutant-{kind.replace(' ', '-').strip('.')}-{len(results)}"
+            kept = (
+                Path(tempfile.gettempdir())
+                / f"coda-mutant-{kind.replace(' ', '-').strip('.')}-{len(results)}"
+            )
             kept.write_bytes(mutant(len(results)))
-            raise AssertionError(f"{kind} {len(results)} (kept as {kept}, {time.monotonic() - begin:.0f} s): {problem}")
+            raise AssertionError(
+                f"{kind} {len(results)} (kept as {kept}, {time.monotonic() - begin:.0f} s): {problem}"
+            )
     finally:
         process.kill()
         process.join()
     return results
 
 
-def _reader(connection, count: int, mutant: Callable[[int], bytes], originals: list[bytes], read: Callable[[bytes, bool], str]) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # progress bars, and what decoders print
+def _reader(
+    connection,
+    count: int,
+    mutant: Callable[[int], bytes],
+    originals: list[bytes],
+    read: Callable[[bytes, bool], str],
+) -> None:
+    # progress bars, and what decoders print
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     for original in originals:
         if read(original, False) not in ("read", "continues after 4 of 4 chunks"):
             connection.send((False, "its pristine file was refused"))
@@ -263,9 +352,14 @@ def main() -> None:
     begin = time.monotonic()
     outcomes = campaign(options.files, options.seed)
     for kind, counts in outcomes.items():
-        print(f"{kind}: {counts.total()} files, " + ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common()))
+        print(
+            f"{kind}: {counts.total()} files, "
+            + ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
+        )
     total = sum(counts.total() for counts in outcomes.values())
-    print(f"{total} mutated files in {time.monotonic() - begin:.0f} s: no hang, no crash, no damage of a .beton unnoticed")
+    print(
+        f"{total} mutated files in {time.monotonic() - begin:.0f} s: no hang, no crash, no damage of a .beton unnoticed"
+    )
 
 
 if __name__ == "__main__":

@@ -12,10 +12,20 @@ from pipeline.recipe.load import from_dict
 from pipeline.recipe.schema import DataRecipe, Recipe
 
 
-def recipe(prepared: Path, global_batch_size: int = 64, seed: int = 0, epochs: int = 1, **data: object) -> Recipe:
+def recipe(
+    prepared: Path, global_batch_size: int = 64, seed: int = 0, epochs: int = 1, **data: object
+) -> Recipe:
     data = {"source": "digits", "image_size": 16, "workers": 1, "prepared": str(prepared), **data}
     training = {"epochs": epochs, "global_batch_size": global_batch_size, "learning_rate": 0.1}
-    return from_dict({"name": "test", "model": {"name": "none"}, "data": data, "training": training, "seed": seed})
+    return from_dict(
+        {
+            "name": "test",
+            "model": {"name": "none"},
+            "data": data,
+            "training": training,
+            "seed": seed,
+        }
+    )
 
 
 def stored(split: Split, index: int, data: DataRecipe) -> np.ndarray:
@@ -24,7 +34,9 @@ def stored(split: Split, index: int, data: DataRecipe) -> np.ndarray:
 
 
 def write_images(root: Path, **counts: int) -> None:
-    """Write <root>/<split>/{cat,dog}/<number>.png with ``counts[split]`` images per class, of sizes from 40 to 200 pixels."""
+    """Write <root>/<split>/{cat,dog}/<number>.png with ``counts[split]`` images per class, of sizes
+    from 40 to 200 pixels.
+    """
     generator = np.random.default_rng(0)
     for split, count in counts.items():
         for label in ("cat", "dog"):
@@ -32,11 +44,15 @@ def write_images(root: Path, **counts: int) -> None:
             for number in range(count):
                 coarse = Image.fromarray(generator.integers(0, 256, (5, 5, 3), np.uint8))
                 size = tuple(int(side) for side in generator.integers(40, 201, 2))
-                coarse.resize(size, Image.Resampling.BICUBIC).save(root / split / label / f"{number}.png")
+                coarse.resize(size, Image.Resampling.BICUBIC).save(
+                    root / split / label / f"{number}.png"
+                )
 
 
 def damage(path: Path, sample: int) -> None:
-    """Make the JPEG of ``sample`` in the .beton file ``path`` one that cannot be decoded, leaving header and tables as they are."""
+    """Make the JPEG of ``sample`` in the .beton file ``path`` one that cannot be decoded, leaving
+    header and tables as they are.
+    """
     address = int(Reader(str(path)).metadata["f0"]["data_ptr"][sample])
     with path.open("r+b") as file:
         file.seek(address)

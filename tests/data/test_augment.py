@@ -1,4 +1,6 @@
-"""Augmentations of decoded images: what each does, and that it depends on nothing but (seed, epoch, sample)."""
+"""Augmentations of decoded images: what each does, and that it depends on nothing but (seed, epoch,
+sample).
+"""
 
 from functools import partial
 
@@ -29,7 +31,11 @@ EVERYTHING = {
 def pictures(count: int, size: int = 24) -> torch.Tensor:
     """(count, 3, size, size) as the loader gives them: smooth, uint8, channels last."""
     coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    fine = torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear").mul(255).to(torch.uint8)
+    fine = (
+        torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")
+        .mul(255)
+        .to(torch.uint8)
+    )
     return fine.to(memory_format=torch.channels_last)
 
 
@@ -37,9 +43,13 @@ def draws(count: int, seed: int = 0):
     return partial(sampling.uniform, seed, 0, np.arange(count))
 
 
-@pytest.mark.parametrize("function", [partial(rand_augment, operations=2, magnitude=9), partial(color_jitter, strength=0.4)])
+@pytest.mark.parametrize(
+    "function",
+    [partial(rand_augment, operations=2, magnitude=9), partial(color_jitter, strength=0.4)],
+)
 def test_an_image_is_changed_alike_alone_and_among_others(function):
-    images = pictures(64, 260)  # sums over so many pixels round, in whatever order they are taken
+    # sums over so many pixels round, in whatever order they are taken
+    images = pictures(64, 260)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(4)
@@ -48,7 +58,9 @@ def test_an_image_is_changed_alike_alone_and_among_others(function):
         torch.set_num_threads(1)
         for number in range(0, 64, 7):
             draw = partial(sampling.uniform, 0, 0, np.array([number]))
-            assert torch.equal(function(images[number : number + 1].clone(), draw=draw)[0], together[number])
+            assert torch.equal(
+                function(images[number : number + 1].clone(), draw=draw)[0], together[number]
+            )
     finally:
         torch.set_num_threads(threads)
 
@@ -56,17 +68,21 @@ def test_an_image_is_changed_alike_alone_and_among_others(function):
 def test_rand_augment_does_each_of_torchvisions_operations_equally_often():
     images, library = pictures(1, 24).expand(2800, -1, -1, -1).clone(), v2.RandAugment()
     found = rand_augment(images.clone(), 1, 9, draws(2800))
-    outcomes: dict[bytes, float] = {}  # of one operation on the one picture, with the share of images that it should make
+    # of one operation on the one picture, with the share of images that it should make
+    outcomes: dict[bytes, float] = {}
     for name, (magnitudes, signed) in library._AUGMENTATION_SPACE.items():
         scale = magnitudes(31, 24, 24)
         for sign in (1, -1) if signed else (1,):
             value = sign * float(scale[9]) if scale is not None else 0.0
-            done = library._apply_image_or_video_transform(images[:1], name, value, library.interpolation, library._fill)
+            done = library._apply_image_or_video_transform(
+                images[:1], name, value, library.interpolation, library._fill
+            )
             key = done.contiguous().numpy().tobytes()
             outcomes[key] = outcomes.get(key, 0) + 1 / 14 / (2 if signed else 1)
     counts = dict.fromkeys(outcomes, 0)
     for image in found:
-        counts[image.contiguous().numpy().tobytes()] += 1  # a KeyError is an outcome that is none of them
+        # a KeyError is an outcome that is none of them
+        counts[image.contiguous().numpy().tobytes()] += 1
     for key, share in outcomes.items():
         assert counts[key] == pytest.approx(2800 * share, abs=4 * np.sqrt(2800 * share))
 
@@ -80,7 +96,8 @@ def test_color_jitter_is_torchvisions_steps_in_the_drawn_order():
         for step in np.argsort([draw(augment.JITTER + 3 + step)[number] for step in range(3)]):
             image = steps[step](image, factors[step])
         differences = (found[number].int() - image.int()).abs()
-        assert differences.max() <= 3 and (differences == 0).float().mean() > 0.95  # a fused multiplication may round otherwise
+        # a fused multiplication may round otherwise
+        assert differences.max() <= 3 and (differences == 0).float().mean() > 0.95
 
 
 def test_random_erasing_erases_the_claimed_areas_in_the_claimed_share():
@@ -91,7 +108,8 @@ def test_random_erasing_erases_the_claimed_areas_in_the_claimed_share():
     assert 0.015 < areas[erased].min() < 0.03 and 0.3 < areas.max() < 0.35
     for picture in found[erased][:20, 0] == 0:
         rows, columns = picture.any(1), picture.any(0)
-        assert picture.sum() == rows.sum() * columns.sum()  # a whole rectangle
+        # a whole rectangle
+        assert picture.sum() == rows.sum() * columns.sum()
 
 
 def test_mixup_mixes_neighbours_and_their_targets_in_the_same_shares():
@@ -100,10 +118,14 @@ def test_mixup_mixes_neighbours_and_their_targets_in_the_same_shares():
     labels = torch.arange(2000) % 2
     mixed, targets = mix(images.clone(), labels, 5, 0.8, 0.0, draws(2000))
     assert (targets.sum(1) - 1).abs().max() < 1e-6 and not targets[:, 2:].any()
-    assert torch.equal(targets[::2, 0], targets[1::2, 1])  # both keep the same share of their own
+    # both keep the same share of their own
+    assert torch.equal(targets[::2, 0], targets[1::2, 1])
     assert (mixed.float() - 200 * targets[:, 1].view(-1, 1, 1, 1)).abs().max() <= 0.501
     share = targets[::2, 0].double()
-    assert share.mean() == pytest.approx(0.5, abs=0.04) and share.var() == pytest.approx(1 / 4 / 2.6, rel=0.1)  # of Beta(.8, .8)
+    # of Beta(.8, .8)
+    assert share.mean() == pytest.approx(0.5, abs=0.04) and share.var() == pytest.approx(
+        1 / 4 / 2.6, rel=0.1
+    )
 
 
 def test_cutmix_pastes_a_rectangle_of_the_neighbour_whose_area_is_its_target():
@@ -141,28 +163,45 @@ def test_all_together_depend_on_neither_world_size_nor_threads_nor_restarts(digi
     assert len(whole) == 22 and whole[0].targets.shape == (64, 10)
     for size, micro in ((2, 32), (4, 8)):
         loaders = [train_loader(recipe, World(rank, rank, size), micro) for rank in range(size)]
-        parts = [read(loader, 3, start=5 * 64 // micro // size) for loader in loaders]  # and from the fifth update on
+        # and from the fifth update on
+        parts = [read(loader, 3, start=5 * 64 // micro // size) for loader in loaders]
         for update, batch in enumerate(whole[5:]):
             micros = 64 // micro // size
-            order = [parts[rank][micros * update + turn] for turn in range(micros) for rank in range(size)]
+            order = [
+                parts[rank][micros * update + turn]
+                for turn in range(micros)
+                for rank in range(size)
+            ]
             assert all(torch.equal(a, b) for a, b in zip(joined(order), batch, strict=True))
     assert not torch.equal(read(train_loader(recipe, World(), 64), 4)[0].images, whole[0].images)
 
 
 def test_odd_micro_batches_cannot_be_mixed(digits, make_recipe):
-    with pytest.raises(UserError, match="must be even, but 64 images on 64 processes are micro batches of 1"):
+    with pytest.raises(
+        UserError, match="must be even, but 64 images on 64 processes are micro batches of 1"
+    ):
         train_loader(make_recipe(prepared=digits, cutmix_alpha=1.0), World(0, 0, 64), 1)
 
 
 def test_resolution_rises_without_compiling_again(photos, make_recipe):
     from pipeline.data.decode import _decode
 
-    recipe = make_recipe(**photos, global_batch_size=8, epochs=5, progressive={"start_size": 16, "until": 0.8, "step": 8}, eval_size=64)
+    recipe = make_recipe(
+        **photos,
+        global_batch_size=8,
+        epochs=5,
+        progressive={"start_size": 16, "until": 0.8, "step": 8},
+        eval_size=64,
+    )
     loader = train_loader(recipe, World(), 8)
     first = read(loader, 0)
     compiled = len(_decode.signatures)
     sizes = [read(loader, epoch)[0].images.shape[-1] for epoch in range(5)]
-    assert sizes == [16, 24, 32, 40, 48] == [training_size(recipe.data, epoch, 5) for epoch in range(5)]
+    assert (
+        sizes
+        == [16, 24, 32, 40, 48]
+        == [training_size(recipe.data, epoch, 5) for epoch in range(5)]
+    )
     assert torch.equal(read(loader, 0)[0].images, first[0].images)
     assert read(eval_loader(recipe, World(), 4))[0].images.shape == (4, 3, 64, 64)
     assert len(_decode.signatures) == compiled

@@ -1,4 +1,6 @@
-"""Loading: exact pixels, every image exactly once, and an order and augmentation that nothing but (seed, epoch) changes."""
+"""Loading: exact pixels, every image exactly once, and an order and augmentation that nothing but
+(seed, epoch) changes.
+"""
 
 import hashlib
 import os
@@ -39,7 +41,9 @@ def assert_equal(first: list[Batch], second: list[Batch]) -> None:
 
 
 def joined(batches: list[Batch]) -> Batch:
-    return Batch(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*batches, strict=True)))
+    return Batch(
+        *(None if parts[0] is None else torch.cat(parts) for parts in zip(*batches, strict=True))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +58,21 @@ def test_digits_come_back_pixel_by_pixel(digits, make_recipe):
     for split, source in open_source(recipe.data).items():
         loader = eval_loader(recipe, World(), 50, split)
         batches = read(loader)
-        assert len(batches) == loader.batches_per_epoch and loader.samples == len(source) and loader.classes == source.classes
-        assert batches[0].images.shape == (50, 3, 16, 16) and batches[0].images.is_contiguous(memory_format=torch.channels_last)
-        assert [tensor.dtype for tensor in batches[0][:3]] == [torch.uint8, torch.int64, torch.int64] and batches[0].targets is None
-        for batch in batches:  # kept until the end, so they are not views of buffers in use
+        assert (
+            len(batches) == loader.batches_per_epoch
+            and loader.samples == len(source)
+            and loader.classes == source.classes
+        )
+        assert batches[0].images.shape == (50, 3, 16, 16) and batches[0].images.is_contiguous(
+            memory_format=torch.channels_last
+        )
+        assert [tensor.dtype for tensor in batches[0][:3]] == [
+            torch.uint8,
+            torch.int64,
+            torch.int64,
+        ] and batches[0].targets is None
+        # kept until the end, so they are not views of buffers in use
+        for batch in batches:
             for image, label, index in zip(*batch[:3], strict=True):
                 pixels, wanted = stored(source, int(index), recipe.data), source.labels[index]
                 assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels) and label == wanted
@@ -65,7 +80,10 @@ def test_digits_come_back_pixel_by_pixel(digits, make_recipe):
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_evaluation_sees_every_image_exactly_once(digits, photos, make_recipe, size):
-    for made, split, count in ((make_recipe(prepared=digits), "train", 1437), (make_recipe(**photos), "val", 10)):
+    for made, split, count in (
+        (make_recipe(prepared=digits), "train", 1437),
+        (make_recipe(**photos), "val", 10),
+    ):
         seen: list[int] = []
         for rank in range(size):
             batches = read(eval_loader(made, World(rank, rank, size), 64, split))
@@ -82,8 +100,11 @@ def test_restart_and_second_worker_change_nothing(digits, make_recipe, augmented
 
 def test_world_sizes_see_the_same_global_batches(digits, make_recipe, augmented):
     recipe = make_recipe(prepared=digits, **AUGMENTED)
-    loaders = [train_loader(recipe, World(rank, rank, 2), 16) for rank in range(2)]  # two micro batches of 2 x 16 per update
-    assert [loader.batches_per_epoch for loader in loaders] == [44, 44] and augmented[0].batches_per_epoch == 22
+    # two micro batches of 2 x 16 per update
+    loaders = [train_loader(recipe, World(rank, rank, 2), 16) for rank in range(2)]
+    assert [loader.batches_per_epoch for loader in loaders] == [44, 44] and augmented[
+        0
+    ].batches_per_epoch == 22
     parts = [read(loader, 0) for loader in loaders]
     for update, batch in enumerate(augmented[1]):
         order = [parts[rank][2 * update + micro] for micro in range(2) for rank in range(2)]
@@ -112,7 +133,12 @@ def test_epochs_and_seeds_differ(digits, make_recipe, augmented):
     order, other = (torch.cat([batch.indices for batch in batches]) for batches in (first, second))
     assert len(set(order.tolist())) == len(order) == 22 * 64 and not torch.equal(order, other)
     pictures, others = (
-        {int(i): image for batch in epoch for image, i in zip(batch.images, batch.indices, strict=True)} for epoch in (first, second)
+        {
+            int(i): image
+            for batch in epoch
+            for image, i in zip(batch.images, batch.indices, strict=True)
+        }
+        for epoch in (first, second)
     )
     both = pictures.keys() & others.keys()
     assert sum(torch.equal(pictures[index], others[index]) for index in both) < len(both) / 10
@@ -122,11 +148,16 @@ def test_epochs_and_seeds_differ(digits, make_recipe, augmented):
 
 
 def test_random_crops_depend_on_nothing_but_seed_and_epoch(photos, make_recipe):
-    recipes = [make_recipe(**photos, workers=workers, global_batch_size=8) for workers in (1, min(2, threads(2)))]
+    recipes = [
+        make_recipe(**photos, workers=workers, global_batch_size=8)
+        for workers in (1, min(2, threads(2)))
+    ]
     loaders = [train_loader(recipe, World(), 8) for recipe in recipes]
     for epoch in (0, 1):
         assert_equal(read(loaders[0], epoch), read(loaders[1], epoch))
-    first, second = (torch.cat([batch.images for batch in read(loaders[0], epoch)]) for epoch in (0, 1))
+    first, second = (
+        torch.cat([batch.images for batch in read(loaders[0], epoch)]) for epoch in (0, 1)
+    )
     assert first.shape == (24, 3, 48, 48) and not torch.equal(first, second)
 
 
@@ -138,9 +169,16 @@ def test_evaluation_shows_the_centre_of_photos(photos, make_recipe):
             pixels = stored(source, int(index), recipe.data)
             side = round(min(pixels.shape[:2]) * 224 / 256)
             top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
-            centre = torch.from_numpy(pixels[top : top + side, left : left + side].copy()).permute(2, 0, 1)[None].float()
-            expected = torch.nn.functional.interpolate(centre, (48, 48), mode="area" if side >= 48 else "bilinear")[0]
-            assert (image - expected).abs().mean() < 4  # JPEG, and another interpolation
+            centre = (
+                torch.from_numpy(pixels[top : top + side, left : left + side].copy())
+                .permute(2, 0, 1)[None]
+                .float()
+            )
+            expected = torch.nn.functional.interpolate(
+                centre, (48, 48), mode="area" if side >= 48 else "bilinear"
+            )[0]
+            # JPEG, and another interpolation
+            assert (image - expected).abs().mean() < 4
 
 
 def test_damaged_jpeg_is_reported(photos, make_recipe, tmp_path):
@@ -150,7 +188,8 @@ def test_damaged_jpeg_is_reported(photos, make_recipe, tmp_path):
     loader = eval_loader(recipe, World(), 4)
     with pytest.raises(UserError, match="image 7 cannot be decoded"):
         read(loader)
-    with loader.epoch(0) as batches:  # and the loader is of use again, for the images that are whole
+    # and the loader is of use again, for the images that are whole
+    with loader.epoch(0) as batches:
         assert next(batches).indices.tolist() == [0, 1, 2, 3]
 
 
@@ -158,7 +197,10 @@ def test_damaged_jpeg_is_reported(photos, make_recipe, tmp_path):
 def test_error_in_the_thread_reaches_the_consumer(digits, make_recipe):
     loader = train_loader(make_recipe(prepared=digits), World(), 64)
     loader._stored = None
-    with pytest.raises(RuntimeError, match="reading stopped: AttributeError") as error, loader.epoch(0) as batches:
+    with (
+        pytest.raises(RuntimeError, match="reading stopped: AttributeError") as error,
+        loader.epoch(0) as batches,
+    ):
         next(batches)
     assert isinstance(error.value.__cause__, AttributeError)
 
@@ -167,7 +209,8 @@ def test_abandoned_epochs_leave_nothing_behind(augmented):
     loader, _ = augmented
 
     def work() -> tuple[int, int]:
-        return len(os.listdir("/proc/self/task")), loader._thread._work_queue.qsize()  # other loaders' threads may end meanwhile
+        # other loaders' threads may end meanwhile
+        return len(os.listdir("/proc/self/task")), loader._thread._work_queue.qsize()
 
     before = work()
     for epoch in range(20):
@@ -177,7 +220,8 @@ def test_abandoned_epochs_leave_nothing_behind(augmented):
     with pytest.raises(ZeroDivisionError), loader.epoch(0) as batches:
         next(batches)
         raise ZeroDivisionError
-    with loader.epoch(0, start=20):  # nobody takes the last two batches
+    # nobody takes the last two batches
+    with loader.epoch(0, start=20):
         time.sleep(0.2)
     assert work() <= before
 
@@ -218,7 +262,10 @@ def test_batches_that_do_not_fit_are_refused(digits, make_recipe):
 
 
 def test_manifest_identifies_the_files(digits, photos):
-    assert open_manifest(digits / "digits-16").sha256 != open_manifest(Path(photos["prepared"]) / "imagefolder-48").sha256
+    assert (
+        open_manifest(digits / "digits-16").sha256
+        != open_manifest(Path(photos["prepared"]) / "imagefolder-48").sha256
+    )
 
 
 @pytest.mark.parametrize("damage", ["unfinished", "truncated"])
@@ -235,8 +282,12 @@ def test_unfinished_and_truncated_files_are_refused(digits, make_recipe, tmp_pat
         train_loader(recipe, World(), 64)
 
 
-def test_another_process_loads_the_same_with_any_number_of_threads_from_code_that_is_compiled(digits, augmented):
-    """With four threads, then on one processor where four are asked for; compiled code is in numba's cache; torch keeps its threads."""
+def test_another_process_loads_the_same_with_any_number_of_threads_from_code_that_is_compiled(
+    digits, augmented
+):
+    """With four threads, then on one processor where four are asked for; compiled code is in
+    numba's cache; torch keeps its threads.
+    """
     code = f"""
 import torch
 torch.set_num_threads(3)
@@ -265,10 +316,15 @@ print("only 1 processors" in str(caught[0].message), sum(_decode.stats.cache_hit
 """
     path = ":".join(map(str, (Path(__file__).parent, Path(__file__).parents[2])))
     environment = {**os.environ, "PYTHONPATH": path, "NUMBA_NUM_THREADS": "4"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    expected = hashlib.sha256(b"".join(batch.images.numpy().tobytes() for batch in augmented[1])).hexdigest()
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    expected = hashlib.sha256(
+        b"".join(batch.images.numpy().tobytes() for batch in augmented[1])
+    ).hexdigest()
     assert run.stdout.split() == [expected, expected, "True", "1", "0"], run.stderr
 
 
 def test_importing_ffcv_compiles_nothing():
-    assert type(IMAGE_MODES) is dict  # numba's own would be compiled in every process
+    # numba's own would be compiled in every process
+    assert type(IMAGE_MODES) is dict

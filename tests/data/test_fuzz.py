@@ -9,12 +9,24 @@ FUZZ = Path(__file__).with_name("fuzz.py")
 
 
 def test_mutated_files_never_hang_crash_or_pass_unnoticed():
-    """In a process of its own: it forks, which does not go with the threads that other tests have left."""
+    """In a process of its own: it forks, which does not go with the threads that other tests have
+    left.
+    """
     paths = os.pathsep.join(map(str, (FUZZ.parents[2], FUZZ.parent)))
     command = [sys.executable, FUZZ, "--files", "304", "--seed", "1"]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     *kinds, last = done.stdout.splitlines()
-    assert last.startswith("304 mutated files") and len(kinds) == 8 and all(": 38 files" in line for line in kinds)
+    assert (
+        last.startswith("304 mutated files")
+        and len(kinds) == 8
+        and all(": 38 files" in line for line in kinds)
+    )
     refused = {line.partition(":")[0]: "refused" in line for line in kinds}
     assert all(refused[kind] for kind in ("image", ".beton", "manifest", "tar", "shard", "csv"))

@@ -16,7 +16,9 @@ from pipeline.images import FORMATS, decode, is_image, read_file
 
 RAMP = np.linspace(0, 1, 40 * 60).reshape(40, 60)
 GREY = Image.fromarray((RAMP * 255).astype(np.uint8))
-COLOUR = Image.merge("RGB", [GREY, GREY.point(lambda value: 255 - value), Image.new("L", GREY.size, 60)])
+COLOUR = Image.merge(
+    "RGB", [GREY, GREY.point(lambda value: 255 - value), Image.new("L", GREY.size, 60)]
+)
 
 
 def encoded(image, format, **options) -> bytes:
@@ -27,7 +29,8 @@ def encoded(image, format, **options) -> bytes:
 
 def turned() -> bytes:
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown after a quarter turn clockwise
+    # shown after a quarter turn clockwise
+    exif[0x0112] = 6
     return encoded(COLOUR, "JPEG", exif=exif, quality=95)
 
 
@@ -39,16 +42,40 @@ as_grey = np.repeat(np.asarray(GREY)[..., None], 3, 2).astype(int)
     ("content", "expected", "tolerance"),
     [
         pytest.param(encoded(COLOUR, "JPEG", quality=95), as_rgb, 12, id="jpeg"),
-        pytest.param(encoded(COLOUR, "JPEG", quality=95, progressive=True), as_rgb, 12, id="progressive"),
+        pytest.param(
+            encoded(COLOUR, "JPEG", quality=95, progressive=True), as_rgb, 12, id="progressive"
+        ),
         pytest.param(encoded(GREY, "JPEG", quality=95), as_grey, 6, id="grey jpeg"),
-        pytest.param(encoded(COLOUR.convert("CMYK"), "JPEG", quality=95), as_rgb, 12, id="cmyk jpeg"),
+        pytest.param(
+            encoded(COLOUR.convert("CMYK"), "JPEG", quality=95), as_rgb, 12, id="cmyk jpeg"
+        ),
         pytest.param(turned(), np.rot90(as_rgb, -1), 12, id="turned jpeg"),
         pytest.param(encoded(GREY, "PNG"), as_grey, 0, id="grey"),
-        pytest.param(encoded(GREY.convert("1"), "PNG"), np.repeat(np.asarray(GREY.convert("1"))[..., None], 3, 2) * 255, 0, id="1 bit"),
+        pytest.param(
+            encoded(GREY.convert("1"), "PNG"),
+            np.repeat(np.asarray(GREY.convert("1"))[..., None], 3, 2) * 255,
+            0,
+            id="1 bit",
+        ),
         pytest.param(encoded(GREY.convert("LA"), "PNG"), as_grey, 0, id="grey with alpha"),
-        pytest.param(encoded(Image.fromarray((RAMP * 65535).astype(np.uint16)), "PNG"), as_grey, 1, id="16 bit"),
-        pytest.param(encoded(Image.fromarray((RAMP * 65535).astype(np.uint16)), "TIFF"), as_grey, 1, id="16 bit tiff"),
-        pytest.param(encoded(Image.fromarray((RAMP * 65535).astype(np.int32)), "TIFF"), as_grey, 1, id="32 bit tiff"),
+        pytest.param(
+            encoded(Image.fromarray((RAMP * 65535).astype(np.uint16)), "PNG"),
+            as_grey,
+            1,
+            id="16 bit",
+        ),
+        pytest.param(
+            encoded(Image.fromarray((RAMP * 65535).astype(np.uint16)), "TIFF"),
+            as_grey,
+            1,
+            id="16 bit tiff",
+        ),
+        pytest.param(
+            encoded(Image.fromarray((RAMP * 65535).astype(np.int32)), "TIFF"),
+            as_grey,
+            1,
+            id="32 bit tiff",
+        ),
         pytest.param(encoded(COLOUR.convert("CMYK"), "TIFF"), as_rgb, 1, id="cmyk tiff"),
         pytest.param(encoded(COLOUR.convert("RGBA"), "PNG"), as_rgb, 0, id="rgba"),
         pytest.param(encoded(COLOUR.quantize(256), "GIF"), as_rgb, 12, id="palette"),
@@ -73,10 +100,14 @@ def bomb(side: int) -> bytes:
     [
         pytest.param(b"", "empty", id="empty"),
         pytest.param(b"no image", "not an image", id="text"),
-        pytest.param(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image", id="postscript"),
+        pytest.param(
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image", id="postscript"
+        ),
         pytest.param(encoded(COLOUR, "PNG")[:200], "truncated", id="cut png"),
         pytest.param(encoded(COLOUR, "JPEG")[:400], "Truncated", id="cut jpeg"),
-        pytest.param(encoded(Image.fromarray(RAMP.astype(np.float32)), "TIFF"), "floating-point", id="float"),
+        pytest.param(
+            encoded(Image.fromarray(RAMP.astype(np.float32)), "TIFF"), "floating-point", id="float"
+        ),
         pytest.param(bomb(9_500), "exceeds limit", id="90 million pixels"),
         pytest.param(bomb(14_000), "exceeds limit", id="196 million pixels"),
     ],
@@ -107,14 +138,20 @@ def test_only_regular_files_are_read(tmp_path):
 
 
 def test_names_of_images():
-    assert [is_image(name) for name in ("a/b.JPEG", "b.jpg", "c.png", "d.webp", "e.tif")] == [True] * 5
-    assert [is_image(name) for name in ("a/._b.png", "b.txt", "c.eps", "d", "png", "e.png/f")] == [False] * 6
+    assert [is_image(name) for name in ("a/b.JPEG", "b.jpg", "c.png", "d.webp", "e.tif")] == [
+        True
+    ] * 5
+    assert [is_image(name) for name in ("a/._b.png", "b.txt", "c.eps", "d", "png", "e.png/f")] == [
+        False
+    ] * 6
     assert not ImageFile.LOAD_TRUNCATED_IMAGES and "EPS" not in FORMATS
 
 
 @pytest.fixture
 def faulty_folder(tmp_path):
-    """12 + 2 images, of which the 6 first of class cat in train cannot be read: one for each reason."""
+    """12 + 2 images, of which the 6 first of class cat in train cannot be read: one for each
+    reason.
+    """
     root = tmp_path / "source"
     write_images(root, train=6, val=1)
     cat = root / "train/cat"
@@ -135,8 +172,17 @@ def test_skipped_images_are_listed(faulty_folder, make_recipe, capsys):
     prepare(recipe)
     train = open_manifest(recipe.data.folder).splits["train"]
     assert train.samples == 6 and train.class_counts == (0, 6)
-    assert [where for where, _ in train.skipped] == [str(faulty_folder / f"train/cat/{number}.png") for number in range(6)]
-    reasons = "empty", "not an image", "not a regular file", "No such file", "exceeds limit", "truncated"
+    assert [where for where, _ in train.skipped] == [
+        str(faulty_folder / f"train/cat/{number}.png") for number in range(6)
+    ]
+    reasons = (
+        "empty",
+        "not an image",
+        "not a regular file",
+        "No such file",
+        "exceeds limit",
+        "truncated",
+    )
     printed = capsys.readouterr().err
     for (where, found), expected in zip(train.skipped, reasons, strict=True):
         assert expected in found and f"{where}: {found}" in printed

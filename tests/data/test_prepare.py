@@ -1,4 +1,6 @@
-"""Preparing data: everything is written exactly, or nothing is there and one line says why, whatever dies."""
+"""Preparing data: everything is written exactly, or nothing is there and one line says why,
+whatever dies.
+"""
 
 import os
 import signal
@@ -25,7 +27,9 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class Faulty(Split):
-    """Grey squares; the process that reads number ``deadly`` is killed, or every read takes ``seconds``."""
+    """Grey squares; the process that reads number ``deadly`` is killed, or every read takes
+    ``seconds``.
+    """
 
     deadly: int = -1
     seconds: float = 0.0
@@ -41,7 +45,9 @@ class Faulty(Split):
 
 
 def faulty_source(count=100, **faults):
-    return lambda data: {name: Faulty(("a",), np.zeros(count, np.int64), True, **faults) for name in ("train", "val")}
+    return lambda data: {
+        name: Faulty(("a",), np.zeros(count, np.int64), True, **faults) for name in ("train", "val")
+    }
 
 
 def one_line(error) -> str:
@@ -68,10 +74,16 @@ def test_prepared_folder_holds_what_its_manifest_says(digits, make_recipe):
     recipe = make_recipe(prepared=digits)
     assert remains(recipe.data.folder) == ["manifest.json", "train.beton", "val.beton"]
     manifest, splits = open_manifest(recipe.data.folder), open_source(recipe.data)
-    assert manifest.classes == tuple("0123456789") and manifest.fixed_size and len(manifest.sha256) == 64
+    assert (
+        manifest.classes == tuple("0123456789")
+        and manifest.fixed_size
+        and len(manifest.sha256) == 64
+    )
     for name, split in splits.items():
         entry = manifest.splits[name]
-        assert entry.samples == len(split) and entry.class_counts == tuple(np.bincount(split.labels))
+        assert entry.samples == len(split) and entry.class_counts == tuple(
+            np.bincount(split.labels)
+        )
         assert entry.bytes == (recipe.data.folder / entry.file).stat().st_size
 
 
@@ -89,7 +101,9 @@ def test_other_data_settings_are_refused(digits, make_recipe):
     for action in (prepare, lambda recipe: train_loader(recipe, World(), 64)):
         with pytest.raises(UserError) as error:
             action(recipe)
-        assert "data.write_mode raw (recipe: jpg)" in one_line(error) and "remove the folder or point data.prepared" in one_line(error)
+        assert "data.write_mode raw (recipe: jpg)" in one_line(
+            error
+        ) and "remove the folder or point data.prepared" in one_line(error)
 
 
 def test_broken_images_are_named_and_nothing_is_left(make_recipe, tmp_path):
@@ -121,7 +135,10 @@ def test_a_killed_writer_leaves_nothing_that_loads_and_no_process(make_recipe, m
     writer = get_context("fork").Process(target=prepare, args=(recipe,))
     writer.start()
     temporary = recipe.data.folder / "train.beton.tmp"
-    while not (workers := [child for child in children(writer.pid) if running(child)]) or not temporary.is_file():
+    while (
+        not (workers := [child for child in children(writer.pid) if running(child)])
+        or not temporary.is_file()
+    ):
         time.sleep(0.05)
     time.sleep(0.5)
     writer.kill()
@@ -130,13 +147,16 @@ def test_a_killed_writer_leaves_nothing_that_loads_and_no_process(make_recipe, m
         measure(temporary)
     with pytest.raises(UserError, match="coda prepare"):
         train_loader(recipe, World(), 64)
-    while any(running(worker) for worker in workers):  # they end with their parent, not when their images are done
+    # they end with their parent, not when their images are done
+    while any(running(worker) for worker in workers):
         time.sleep(0.05)
 
 
 def children(pid: int) -> list[int]:
     try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
     except OSError:
         return []
 
@@ -165,7 +185,8 @@ def cut(path: Path) -> None:
 
 
 def unfinish(path: Path) -> None:
-    with open(path, "r+b") as file:  # the address of the allocation table is 0 until FFCV's writer is done
+    # the address of the allocation table is 0 until FFCV's writer is done
+    with open(path, "r+b") as file:
         file.seek(16)
         file.write(bytes(8))
 
@@ -210,8 +231,15 @@ def test_prepare_repairs_a_damaged_folder(copied):
 
 
 def prepare_as_rank(rank: int, port: int, recipes, results) -> None:
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # OpenMP's threads do not survive a fork
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     with process_group(60):
         for recipe in recipes:
             try:
@@ -227,7 +255,10 @@ def test_two_ranks_prepare_once_and_fail_together(make_recipe):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ranks = [fork.Process(target=prepare_as_rank, args=(rank, port, recipes, results)) for rank in range(2)]
+    ranks = [
+        fork.Process(target=prepare_as_rank, args=(rank, port, recipes, results))
+        for rank in range(2)
+    ]
     for process in ranks:
         process.start()
     answers = sorted(results.get(timeout=60) for _ in range(4))

@@ -19,7 +19,8 @@ from pipeline.data.sources import SOURCES
 from pipeline.errors import UserError
 from pipeline.images import BrokenImage
 
-COUNT = 60  # images of each split, in chunks of 5
+# images of each split, in chunks of 5
+COUNT = 60
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -47,7 +48,9 @@ def finished(recipe, name="train") -> int:
 
 
 def prepare_in_foreground(recipe):
-    """As from a terminal; what a shell starts in the background ignores SIGINT, and so do its children."""
+    """As from a terminal; what a shell starts in the background ignores SIGINT, and so do its
+    children.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare(recipe)
 
@@ -68,7 +71,8 @@ def test_a_stopped_writer_continues(reference, recipe, monkeypatch, number, capf
     read = get_context("fork").Value("i", 0)
     monkeypatch.setitem(SOURCES, "squares", counting(read))
     prepare(recipe)
-    assert read.value == 2 * COUNT - 5 * done  # nothing is read twice
+    # nothing is read twice
+    assert read.value == 2 * COUNT - 5 * done
     assert f"continues after {5 * done} images" in capfd.readouterr().err
     assert contents(recipe.data.folder) == reference
 
@@ -84,7 +88,10 @@ def counting(read):
                 read.value += 1
             return super().read(index)
 
-    return lambda data: {name: Counting(split.classes, split.labels, split.fixed_size) for name, split in splits.items()}
+    return lambda data: {
+        name: Counting(split.classes, split.labels, split.fixed_size)
+        for name, split in splits.items()
+    }
 
 
 def test_a_broken_image_is_repaired_and_writing_continues(reference, recipe, monkeypatch):
@@ -102,7 +109,9 @@ def test_a_broken_image_is_repaired_and_writing_continues(reference, recipe, mon
     monkeypatch.setitem(SOURCES, "squares", broken)
     with pytest.raises(UserError) as error:
         prepare(recipe)
-    assert "square 32: is not a readable image: is broken" in one_line(error) and "data.broken_images=skip" in one_line(error)
+    assert "square 32: is not a readable image: is broken" in one_line(
+        error
+    ) and "data.broken_images=skip" in one_line(error)
     assert 4 <= finished(recipe) <= 6
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT))
     prepare(recipe)
@@ -133,7 +142,8 @@ def test_a_damaged_journal_counts_up_to_its_damage(recipe, reference, monkeypatc
     assert len(lines) >= 6
     whole = journal.read_bytes()
     for damaged, chunks in (
-        (whole[:-7], len(lines) - 2),  # a line is cut off
+        # a line is cut off
+        (whole[:-7], len(lines) - 2),
         (b"".join([*lines[:3], b"\0" * 100 + b"\n", *lines[4:]]), 2),
         (b"".join(lines[:2]) + lines[2].replace(b'"end": ', b'"end": 9'), 1),
         (lines[0], 0),
@@ -146,7 +156,8 @@ def test_a_damaged_journal_counts_up_to_its_damage(recipe, reference, monkeypatc
     found = Journal(data, identity).chunks
     size = data.stat().st_size
     os.truncate(data, found[2].end - 1)
-    assert len(Journal(data, identity).chunks) == 2  # the file does not hold the third
+    # the file does not hold the third
+    assert len(Journal(data, identity).chunks) == 2
     os.truncate(data, size)
     journal.write_bytes(b"".join(lines[:3]) + lines[3][:50])
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT))
@@ -161,7 +172,8 @@ def test_bytes_that_the_disk_has_changed_are_found(recipe, reference, monkeypatc
         prepare(recipe)
     data = recipe.data.folder / "train.beton.tmp"
     with open(data, "r+b") as file:
-        file.seek(MIN_PAGE)  # of the first image
+        # of the first image
+        file.seek(MIN_PAGE)
         file.write(b"\xff")
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT))
     with pytest.raises(UserError, match="not those that were written"):
@@ -173,21 +185,33 @@ def test_chunks_and_processes_do_not_change_a_byte(make_recipe, monkeypatch, tmp
     found = []
     for chunk_size, workers in ((7, 1), (7, 2), (100, 2)):
         folder = tmp_path / f"{chunk_size}-{workers}"
-        recipe = make_recipe(source="squares", chunk_size=chunk_size, workers=workers, write_mode="proportion", prepared=folder)
+        recipe = make_recipe(
+            source="squares",
+            chunk_size=chunk_size,
+            workers=workers,
+            write_mode="proportion",
+            prepared=folder,
+        )
         prepare(recipe)
         found.append(contents(recipe.data.folder))
     assert found[0] == found[1] == found[2]
     modes = Reader(str(recipe.data.folder / "train.beton")).metadata["f0"]["mode"]
-    assert 0.3 < modes.mean() < 0.7  # half of them raw
+    # half of them raw
+    assert 0.3 < modes.mean() < 0.7
 
 
 @pytest.mark.timeout(60)
 def test_a_full_disk_is_one_line_and_writing_continues(make_recipe, monkeypatch, tmp_path):
-    """A limit of the file's size stands for the disk: the same error of the same call, in another number."""
+    """A limit of the file's size stands for the disk: the same error of the same call, in another
+    number.
+    """
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT))
     monkeypatch.setattr(encode, "SYNC_SECONDS", 0)
     settings = {"source": "squares", "chunk_size": 5, "workers": 2, "image_size": 224}
-    reference, recipe = make_recipe(**settings, prepared=tmp_path / "reference"), make_recipe(**settings)
+    reference, recipe = (
+        make_recipe(**settings, prepared=tmp_path / "reference"),
+        make_recipe(**settings),
+    )
     prepare(reference)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (MIN_PAGE + 30 * 224 * 224 * 3, before[1]))
@@ -203,10 +227,17 @@ def test_a_full_disk_is_one_line_and_writing_continues(make_recipe, monkeypatch,
 
 
 def peak(recipes, results) -> None:
-    """Puts the highest memory in KiB of this process and of its writers so far, after each of the ``recipes``."""
+    """Puts the highest memory in KiB of this process and of its writers so far, after each of the
+    ``recipes``.
+    """
     for recipe in recipes:
         prepare(recipe)
-        results.put([resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)])
+        results.put(
+            [
+                resource.getrusage(who).ru_maxrss
+                for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+            ]
+        )
 
 
 @pytest.mark.timeout(120)
@@ -214,13 +245,19 @@ def test_memory_does_not_grow_with_the_data(make_recipe, monkeypatch, tmp_path):
     """Ten times the images, 180 MB more on the disk: not 20 MB more in memory."""
     for name, count in (("few", 200), ("many", 2000)):
         monkeypatch.setitem(SOURCES, name, faulty_source(count))
-    recipes = [make_recipe(source=name, image_size=130, chunk_size=20, prepared=tmp_path / name) for name in ("few", "many")]
+    recipes = [
+        make_recipe(source=name, image_size=130, chunk_size=20, prepared=tmp_path / name)
+        for name in ("few", "many")
+    ]
     fork = get_context("fork")
     results = fork.Queue()
     process = fork.Process(target=peak, args=(recipes, results))
     process.start()
     few, many = results.get(timeout=60), results.get(timeout=60)
     process.join()
-    size = {recipe.data.source: sum(path.stat().st_size for path in recipe.data.folder.iterdir()) for recipe in recipes}
+    size = {
+        recipe.data.source: sum(path.stat().st_size for path in recipe.data.folder.iterdir())
+        for recipe in recipes
+    }
     assert size["many"] - size["few"] > 150e6
     assert max(after - before for before, after in zip(few, many, strict=True)) < 20_000

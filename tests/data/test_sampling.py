@@ -1,4 +1,6 @@
-"""Augmentation is a pure function of (seed, epoch, sample index), and has the distribution it claims."""
+"""Augmentation is a pure function of (seed, epoch, sample index), and has the distribution it
+claims.
+"""
 
 import numpy as np
 import pytest
@@ -12,46 +14,63 @@ INDICES = np.arange(20_000)
 
 
 def obvious_twin(image: torch.Tensor, mirrored: bool, down: int, right: int) -> torch.Tensor:
-    """The pixel of (row, column) comes from (row + down, column + right) of the (mirrored) image, or is 0, one by one."""
+    """The pixel of (row, column) comes from (row + down, column + right) of the (mirrored) image,
+    or is 0, one by one.
+    """
     size = image.shape[-1]
     result = torch.zeros_like(image)
     for row in range(size):
         for column in range(size):
             if 0 <= row + down < size and 0 <= column + right < size:
                 source = column + right
-                result[:, row, column] = image[:, row + down, size - 1 - source if mirrored else source]
+                result[:, row, column] = image[
+                    :, row + down, size - 1 - source if mirrored else source
+                ]
     return result
 
 
 def test_flip_and_shift_are_the_obvious_ones(digits, make_recipe):
     recipe, padding = make_recipe(prepared=digits, flip=True, crop_padding=2), 2
-    plain, moved = (train_loader(made, World(), 16) for made in (make_recipe(prepared=digits), recipe))
+    plain, moved = (
+        train_loader(made, World(), 16) for made in (make_recipe(prepared=digits), recipe)
+    )
     with plain.epoch(5) as images, moved.epoch(5) as results:
         before, after = next(images), next(results)
     mirrored, down, right = sampling.moves(0, 5, before.indices.numpy(), True, padding).T
     assert set(mirrored) == {0, 1} and len(set(down)) > 2
     for number in range(16):
-        twin = obvious_twin(before.images[number], mirrored[number], int(down[number]), int(right[number]))
+        twin = obvious_twin(
+            before.images[number], mirrored[number], int(down[number]), int(right[number])
+        )
         assert torch.equal(after.images[number], twin)
 
 
 def test_flip_is_fair_and_shift_is_uniform():
     mirrored, down, right = sampling.moves(0, 0, INDICES, True, 4).T
-    assert abs(mirrored.mean() - 0.5) < 4 * 0.5 / np.sqrt(len(INDICES))  # four standard deviations
-    counts = np.bincount(((down + 4) * 9 + right + 4).astype(int), minlength=81)  # all 9 x 9 places
+    # four standard deviations
+    assert abs(mirrored.mean() - 0.5) < 4 * 0.5 / np.sqrt(len(INDICES))
+    # all 9 x 9 places
+    counts = np.bincount(((down + 4) * 9 + right + 4).astype(int), minlength=81)
     expected = len(INDICES) / 81
-    assert len(counts) == 81 and ((counts - expected) ** 2 / expected).sum() < 124.9  # chi square, 80 degrees of freedom, p = 0.001
+    # chi square, 80 degrees of freedom, p = 0.001
+    assert len(counts) == 81 and ((counts - expected) ** 2 / expected).sum() < 124.9
     assert not sampling.moves(0, 0, INDICES, False, 0).any()
 
 
 @pytest.mark.parametrize(
-    "other", [(1, 0, sampling.FLIP), (0, 1, sampling.FLIP), (0, 0, sampling.SHIFT_DOWN)], ids=["seed", "epoch", "stream"]
+    "other",
+    [(1, 0, sampling.FLIP), (0, 1, sampling.FLIP), (0, 0, sampling.SHIFT_DOWN)],
+    ids=["seed", "epoch", "stream"],
 )
 def test_draws_of_other_seeds_epochs_and_streams_are_unrelated(other):
     seed, epoch, stream = other
-    first, second = sampling.uniform(0, 0, INDICES, sampling.FLIP), sampling.uniform(seed, epoch, INDICES, stream)
+    first, second = (
+        sampling.uniform(0, 0, INDICES, sampling.FLIP),
+        sampling.uniform(seed, epoch, INDICES, stream),
+    )
     assert abs(np.corrcoef(first, second)[0, 1]) < 4 / np.sqrt(len(INDICES))
-    assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 4 / np.sqrt(len(INDICES))  # nor are neighbouring samples
+    # nor are neighbouring samples
+    assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 4 / np.sqrt(len(INDICES))
 
 
 def test_a_draw_depends_on_its_own_sample_only():
@@ -68,7 +87,8 @@ def test_random_boxes_are_inside_and_cover_the_claimed_areas():
     area, aspect = height * width / (heights * widths), width / height
     assert 0.078 < area.min() < 0.09 and area.max() > 0.9
     assert 0.73 < aspect.min() < 0.77 and 1.3 < aspect.max() < 1.36
-    assert abs(np.log(aspect).mean()) < 0.01  # as often wide as high
+    # as often wide as high
+    assert abs(np.log(aspect).mean()) < 0.01
 
 
 def test_random_boxes_of_a_narrow_strip_fall_back_to_its_centre():

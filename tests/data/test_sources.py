@@ -1,4 +1,6 @@
-"""Sources: what they hold, what they refuse, and that every kind of image becomes upright 8-bit RGB."""
+"""Sources: what they hold, what they refuse, and that every kind of image becomes upright 8-bit
+RGB.
+"""
 
 import io
 import pickle
@@ -48,8 +50,16 @@ def test_folder_and_tar_hold_the_same(make_recipe, tmp_path):
     (tmp_path / "source/train/cat/notes.txt").write_text("no image")
     (tmp_path / "source/train/cat/._0.png").write_text("debris of another system")
     tar = pack(tmp_path / "source", tmp_path / "source.tar")
-    folder, archive = (open_source(make_recipe(source="imagefolder", path=str(p)).data) for p in (tmp_path / "source", tar))
-    assert folder["train"].classes == ("cat", "dog") and folder["train"].labels.tolist() == [0, 0, 1, 1]
+    folder, archive = (
+        open_source(make_recipe(source="imagefolder", path=str(p)).data)
+        for p in (tmp_path / "source", tar)
+    )
+    assert folder["train"].classes == ("cat", "dog") and folder["train"].labels.tolist() == [
+        0,
+        0,
+        1,
+        1,
+    ]
     archive = pickle.loads(pickle.dumps(archive))
     for split in ("train", "val"):
         assert np.array_equal(folder[split].labels, archive[split].labels)
@@ -65,10 +75,12 @@ def test_stored_size_of_large_long_and_small_images(make_recipe, tmp_path):
     Image.new("RGB", (20, 10)).save(tmp_path / "train/dog/0.png")
     data = make_recipe(source="imagefolder", path=str(tmp_path), image_size=56).data
     shapes = [stored(open_source(data)["train"], index, data).shape for index in range(3)]
-    assert shapes == [(64, 85, 3), (64, 128, 3), (10, 20, 3)]  # shorter side 64 = 56 * 256 / 224, aspect at most 2, never enlarged
+    # shorter side 64 = 56 * 256 / 224, aspect at most 2, never enlarged
+    assert shapes == [(64, 85, 3), (64, 128, 3), (10, 20, 3)]
     data = replace(data, max_resolution=100)
     shapes = [stored(open_source(data)["train"], index, data).shape for index in range(3)]
-    assert shapes == [(75, 100, 3), (10, 100, 3), (10, 20, 3)]  # longer side 100, nothing cropped
+    # longer side 100, nothing cropped
+    assert shapes == [(75, 100, 3), (10, 100, 3), (10, 20, 3)]
 
 
 def test_max_resolution_is_refused_where_it_would_do_nothing(make_recipe):
@@ -107,7 +119,8 @@ def test_truncated_or_compressed_tar_is_refused(make_recipe, tmp_path):
     content = tar.read_bytes()
     with tarfile.open(tar) as archive:
         last = archive.getmembers()[-1]
-    for cut in (last.offset, last.offset_data + 1):  # where nothing tells tarfile that something is missing, and within a member
+    # where nothing tells tarfile that something is missing, and within a member
+    for cut in (last.offset, last.offset_data + 1):
         tar.write_bytes(content[:cut])
         with pytest.raises(UserError, match="cut off|cannot be read"):
             open_source(recipe.data)
@@ -136,9 +149,12 @@ def test_every_kind_of_image_becomes_upright_rgb(make_recipe, tmp_path):
     write_images(tmp_path, train=1, val=1)
     ramp = np.linspace(0, 1, 40 * 60).reshape(40, 60)
     grey = Image.fromarray((ramp * 255).astype(np.uint8))
-    colour = Image.merge("RGB", [grey, grey.point(lambda v: 255 - v), Image.new("L", grey.size, 60)])
+    colour = Image.merge(
+        "RGB", [grey, grey.point(lambda v: 255 - v), Image.new("L", grey.size, 60)]
+    )
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown after a quarter turn clockwise
+    # shown after a quarter turn clockwise
+    exif[0x0112] = 6
     target = tmp_path / "train/cat"
     grey.save(target / "1_grey.png")
     Image.fromarray((ramp * 65535).astype(np.uint16)).save(target / "2_grey16.png")
@@ -146,11 +162,19 @@ def test_every_kind_of_image_becomes_upright_rgb(make_recipe, tmp_path):
     colour.convert("RGBA").save(target / "4_rgba.png")
     colour.quantize(256).save(target / "5_palette.gif")
     colour.save(target / "6_turned.png", exif=exif)
-    split = open_source(make_recipe(source="imagefolder", path=str(tmp_path), image_size=64).data)["train"]
-    wanted = [np.repeat(np.asarray(grey)[..., None], 3, 2)] * 2 + [np.asarray(colour)] * 3 + [np.rot90(np.asarray(colour), -1)]
+    split = open_source(make_recipe(source="imagefolder", path=str(tmp_path), image_size=64).data)[
+        "train"
+    ]
+    wanted = (
+        [np.repeat(np.asarray(grey)[..., None], 3, 2)] * 2
+        + [np.asarray(colour)] * 3
+        + [np.rot90(np.asarray(colour), -1)]
+    )
     for index, expected in enumerate(wanted, start=1):
         image = np.asarray(split.read(index))
-        assert image.shape == expected.shape and image.dtype == np.uint8 and split.labels[index] == 0, split.describe(index)
+        assert (
+            image.shape == expected.shape and image.dtype == np.uint8 and split.labels[index] == 0
+        ), split.describe(index)
         tolerance = 12 if "palette" in split.describe(index) else 1
         assert np.abs(image.astype(int) - expected).max() <= tolerance, split.describe(index)
 
@@ -165,7 +189,9 @@ def test_failed_cifar10_download_tells_the_remedy(make_recipe, monkeypatch):
 
 
 def test_cifar10_from_torchvisions_folder(make_recipe, tmp_path, monkeypatch):
-    """The real reader on a small archive; only the published checksums are replaced by the archive's own."""
+    """The real reader on a small archive; only the published checksums are replaced by the
+    archive's own.
+    """
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import calculate_md5
 
@@ -173,7 +199,9 @@ def test_cifar10_from_torchvisions_folder(make_recipe, tmp_path, monkeypatch):
     batches = tmp_path / "build" / CIFAR10.base_folder
     batches.mkdir(parents=True)
     for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list):
-        (batches / name).write_bytes(pickle.dumps({"data": pixels.reshape(5, -1), "labels": [0, 1, 2, 3, 4]}))
+        (batches / name).write_bytes(
+            pickle.dumps({"data": pixels.reshape(5, -1), "labels": [0, 1, 2, 3, 4]})
+        )
     (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     archive = tmp_path / "download" / CIFAR10.filename
     archive.parent.mkdir()
@@ -183,20 +211,42 @@ def test_cifar10_from_torchvisions_folder(make_recipe, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="damaged"):
         open_source(recipe.data)
     for attribute in ("train_list", "test_list"):
-        monkeypatch.setattr(CIFAR10, attribute, [[name, calculate_md5(batches / name)] for name, _ in getattr(CIFAR10, attribute)])
-    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": calculate_md5(batches / "batches.meta")})
+        monkeypatch.setattr(
+            CIFAR10,
+            attribute,
+            [[name, calculate_md5(batches / name)] for name, _ in getattr(CIFAR10, attribute)],
+        )
+    monkeypatch.setattr(
+        CIFAR10, "meta", {**CIFAR10.meta, "md5": calculate_md5(batches / "batches.meta")}
+    )
     monkeypatch.setattr(CIFAR10, "tgz_md5", calculate_md5(archive))
     splits = open_source(recipe.data)
     assert [len(splits[name]) for name in ("train", "val")] == [25, 5]
-    assert np.array_equal(splits["val"].read(3), pixels[3].transpose(1, 2, 0)) and splits["val"].labels[3] == 3
+    assert (
+        np.array_equal(splits["val"].read(3), pixels[3].transpose(1, 2, 0))
+        and splits["val"].labels[3] == 3
+    )
 
 
-@pytest.mark.skipif(not (SHARED / "cifar10.tar").is_file(), reason="needs ../shared/data/cifar10.tar")
+@pytest.mark.skipif(
+    not (SHARED / "cifar10.tar").is_file(), reason="needs ../shared/data/cifar10.tar"
+)
 def test_cifar10_tar(make_recipe):
-    splits = open_source(make_recipe(source="cifar10", path=str(SHARED / "cifar10.tar"), image_size=32).data)
+    splits = open_source(
+        make_recipe(source="cifar10", path=str(SHARED / "cifar10.tar"), image_size=32).data
+    )
     assert [len(splits[split]) for split in ("train", "val")] == [50_000, 10_000]
-    assert len(splits["train"].classes) == 10 and splits["train"].classes[:2] == ("airplane", "automobile")
-    assert set(np.bincount(splits["train"].labels)) == {5000} and set(np.bincount(splits["val"].labels)) == {1000}
+    assert len(splits["train"].classes) == 10 and splits["train"].classes[:2] == (
+        "airplane",
+        "automobile",
+    )
+    assert set(np.bincount(splits["train"].labels)) == {5000} and set(
+        np.bincount(splits["val"].labels)
+    ) == {1000}
     for index in (0, 9_999, 5_001):
         image = np.asarray(splits["val"].read(index))
-        assert image.shape == (32, 32, 3) and splits["val"].labels[index] == index // 1000 and image.std() > 5
+        assert (
+            image.shape == (32, 32, 3)
+            and splits["val"].labels[index] == index // 1000
+            and image.std() > 5
+        )

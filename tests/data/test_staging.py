@@ -38,7 +38,9 @@ def test_loaders_read_from_the_copy(digits, make_recipe, staged, tmp_path):
     loader = train_loader(staged, World(), 64)
     assert loader.path.is_relative_to(tmp_path / "disk" / "data")
     assert loader.path.read_bytes() == (digits / "digits-16" / "train.beton").read_bytes()
-    for copied, original in zip(read(loader), read(train_loader(make_recipe(prepared=digits), World(), 64)), strict=True):
+    for copied, original in zip(
+        read(loader), read(train_loader(make_recipe(prepared=digits), World(), 64)), strict=True
+    ):
         assert torch.equal(copied.images, original.images)
     assert eval_loader(staged, World(), 64).path.parent == loader.path.parent
 
@@ -55,7 +57,9 @@ def test_a_whole_copy_is_used_again_and_a_broken_one_replaced(staged):
 
 def test_damage_that_the_tables_do_not_show_is_not_copied(digits, make_recipe, tmp_path):
     shutil.copytree(digits, tmp_path / "prepared")
-    recipe = make_recipe(prepared=tmp_path / "prepared", storage="stage_local", scratch=str(tmp_path / "disk"))
+    recipe = make_recipe(
+        prepared=tmp_path / "prepared", storage="stage_local", scratch=str(tmp_path / "disk")
+    )
     with (recipe.data.folder / "train.beton").open("r+b") as file:
         file.seek(int(StoredImages(recipe.data.folder / "train.beton")._starts[5]))
         file.write(b"\x01\x02\x03")
@@ -71,7 +75,9 @@ def test_processes_of_a_node_copy_once(staged, monkeypatch, tmp_path):
         shutil.copyfile(source, target)
 
     monkeypatch.setattr(staging, "_copy", counted)
-    processes = [multiprocessing.get_context("fork").Process(target=stage, args=(staged,)) for _ in range(4)]
+    processes = [
+        multiprocessing.get_context("fork").Process(target=stage, args=(staged,)) for _ in range(4)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -83,7 +89,9 @@ def test_processes_of_a_node_copy_once(staged, monkeypatch, tmp_path):
 def test_a_disk_without_room_or_name_is_refused(digits, make_recipe, staged, monkeypatch, tmp_path):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1e6))
-    with pytest.raises(UserError, match=r"has 0\.0 GB free and train.beton needs .* data.storage=page_cache"):
+    with pytest.raises(
+        UserError, match=r"has 0\.0 GB free and train.beton needs .* data.storage=page_cache"
+    ):
         stage(staged)
     monkeypatch.delenv("JOB_DISK")
     with pytest.raises(UserError, match="environment variable is not set on this node"):
@@ -94,9 +102,14 @@ def test_a_disk_without_room_or_name_is_refused(digits, make_recipe, staged, mon
 
 
 def test_impossible_combinations_are_refused_with_the_reason(digits, make_recipe):
-    with pytest.raises(UserError, match="data.scratch is '/tmp'; it must be null, as data.storage is not stage_local"):
+    with pytest.raises(
+        UserError,
+        match="data.scratch is '/tmp'; it must be null, as data.storage is not stage_local",
+    ):
         make_recipe(scratch="/tmp")
-    with pytest.raises(UserError, match="hold some 1437 images, fewer than training.global_batch_size 1438"):
+    with pytest.raises(
+        UserError, match="hold some 1437 images, fewer than training.global_batch_size 1438"
+    ):
         paged = make_recipe(prepared=digits, shuffle_pages=1, global_batch_size=1438)
         from pipeline.data import loaders
 
@@ -104,14 +117,16 @@ def test_impossible_combinations_are_refused_with_the_reason(digits, make_recipe
 
 
 def test_page_order_visits_all_and_holds_a_window_at_a_time():
-    pages = np.random.default_rng(0).permutation(np.arange(10_000) // 100)  # 100 pages of 100 samples
+    # 100 pages of 100 samples
+    pages = np.random.default_rng(0).permutation(np.arange(10_000) // 100)
     orders = [sampling.page_permutation(0, epoch, pages, 8) for epoch in (0, 0, 1)]
     assert np.array_equal(orders[0], orders[1]) and not np.array_equal(orders[0], orders[2])
     for order in orders:
         assert np.array_equal(np.sort(order), np.arange(10_000))
         windows = pages[order][:9600].reshape(12, 800)
         assert all(len(np.unique(window)) == 8 for window in windows)
-        assert all(len(np.unique(window[:100])) == 8 for window in windows)  # and they are mixed within
+        # and they are mixed within
+        assert all(len(np.unique(window[:100])) == 8 for window in windows)
 
 
 def test_paged_loader_does_not_depend_on_the_world_size(digits, make_recipe):
@@ -125,21 +140,32 @@ def test_paged_loader_does_not_depend_on_the_world_size(digits, make_recipe):
 def test_estimate_is_of_what_is_allocated(photos, make_recipe):
     recipe = make_recipe(**photos, workers=2)
     needed = memory.estimate(recipe, micro_batch=100, processes=3)
-    largest = max(int((loader._stored.heights * loader._stored.widths).max()) * 3 for loader in [eval_loader(recipe, World(), 4)])
-    batches = 5 * (100 + 128) * 48 * 48 * 3  # 4 ahead and one with the consumer, for training and evaluation
+    largest = max(
+        int((loader._stored.heights * loader._stored.widths).max()) * 3
+        for loader in [eval_loader(recipe, World(), 4)]
+    )
+    # 4 ahead and one with the consumer, for training and evaluation
+    batches = 5 * (100 + 128) * 48 * 48 * 3
     assert batches + 2 * largest < needed.per_process < batches + 4 * 300 * 300 * 3
     assert needed.processes == 3
-    assert needed.page_cache == sum((recipe.data.folder / name).stat().st_size for name in ("train.beton", "val.beton"))
+    assert needed.page_cache == sum(
+        (recipe.data.folder / name).stat().st_size for name in ("train.beton", "val.beton")
+    )
     paged = memory.estimate(make_recipe(**photos, shuffle_pages=1), 100, 1)
     assert paged.page_cache <= needed.page_cache
 
 
-def test_too_little_memory_is_refused_before_anything_is_allocated(digits, make_recipe, monkeypatch, capsys):
+def test_too_little_memory_is_refused_before_anything_is_allocated(
+    digits, make_recipe, monkeypatch, capsys
+):
     recipe = make_recipe(prepared=digits)
     memory.require_memory(recipe, World(), 64)
     assert "loading needs 0.00 GB (1 x 0.00)" in capsys.readouterr().err
     monkeypatch.setattr(memory, "available_bytes", lambda: 2 << 20)
-    with pytest.raises(UserError, match=r"node .*: loading needs .* 0\.00 GB of memory are available; lower training.micro_batch_size"):
+    with pytest.raises(
+        UserError,
+        match=r"node .*: loading needs .* 0\.00 GB of memory are available; lower training.micro_batch_size",
+    ):
         memory.require_memory(recipe, World(), 2048)
     memory.require_memory(recipe, World(), 64)
     assert "does not fit into the page cache" in capsys.readouterr().err
@@ -149,7 +175,8 @@ def test_limits_of_control_groups_count(tmp_path):
     files = {
         "proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n",
         "proc/self/cgroup": "4:cpu,memory:/slurm/job\n0::/job/step\n",
-        "sys/fs/cgroup/job/memory.max": "5000000\n",  # the step itself has no limit
+        # the step itself has no limit
+        "sys/fs/cgroup/job/memory.max": "5000000\n",
         "sys/fs/cgroup/job/memory.current": "3000000\n",
         "sys/fs/cgroup/job/memory.stat": "anon 7\ninactive_file 1000000\n",
         "sys/fs/cgroup/job/step/memory.max": "max\n",

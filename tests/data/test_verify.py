@@ -18,7 +18,14 @@ from pipeline.data.prepare import prepare
 def pristine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("verify")
     write_images(folder / "source", train=12, val=4)
-    made = recipe(folder / "data", source="imagefolder", path=str(folder / "source"), image_size=48, write_mode="jpg", workers=2)
+    made = recipe(
+        folder / "data",
+        source="imagefolder",
+        path=str(folder / "source"),
+        image_size=48,
+        write_mode="jpg",
+        workers=2,
+    )
     prepare(made)
     return made
 
@@ -45,7 +52,11 @@ def test_a_whole_folder_passes_by_folder_and_by_recipe(pristine, tmp_path, capsy
     for arguments in ([pristine.data.folder], [path], [path, "data.workers=1"]):
         assert main(["verify", *map(str, arguments)]) == 0
         shown = capsys.readouterr().out.splitlines()
-        assert len(shown) == 2 and "train.beton: 24 images of 2 classes" in shown[0] and "val.beton: 8 images" in shown[1]
+        assert (
+            len(shown) == 2
+            and "train.beton: 24 images of 2 classes" in shown[0]
+            and "val.beton: 8 images" in shown[1]
+        )
         assert open_manifest(pristine.data.folder).splits["train"].xxh128 in shown[0]
     refused(capsys, [path, "data.jpeg_quality=50"], "data.jpeg_quality 90 (recipe: 50)")
 
@@ -55,7 +66,14 @@ def test_every_kind_of_damaged_byte_is_found(folder, capsys):
     content = path.read_bytes()
     images = Reader(str(path)).metadata["f0"]
     first = int(images["data_ptr"][0])
-    header, table, gap, image, padding, addresses = 9, 2200, first - 1, first + 700, len(content) - 1000, len(content) - 1
+    header, table, gap, image, padding, addresses = (
+        9,
+        2200,
+        first - 1,
+        first + 700,
+        len(content) - 1000,
+        len(content) - 1,
+    )
     for place in (header, table, gap, image, padding, addresses):
         damaged = bytearray(content)
         damaged[place] ^= 0x10
@@ -96,23 +114,39 @@ def test_what_is_no_prepared_folder_is_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize(("write_mode", "share"), [("raw", 0.0), ("jpg", 1.0), ("proportion", 0.5)])
 def test_write_modes_and_quality(tmp_path, write_mode, share):
-    """What FFCV's reader finds is what its own field would have stored; a lower quality takes fewer bytes."""
+    """What FFCV's reader finds is what its own field would have stored; a lower quality takes fewer
+    bytes.
+    """
     write_images(tmp_path / "source", train=20, val=1)
     sizes = []
     for quality in (90, 30):
-        settings = {"source": "imagefolder", "path": str(tmp_path / "source"), "image_size": 224, "max_resolution": 64}
-        made = recipe(tmp_path / f"{write_mode}-{quality}", **settings, write_mode=write_mode, jpeg_quality=quality)
+        settings = {
+            "source": "imagefolder",
+            "path": str(tmp_path / "source"),
+            "image_size": 224,
+            "max_resolution": 64,
+        }
+        made = recipe(
+            tmp_path / f"{write_mode}-{quality}",
+            **settings,
+            write_mode=write_mode,
+            jpeg_quality=quality,
+        )
         prepare(made)
         path = made.data.folder / "train.beton"
         reader = Reader(str(path))
         images, labels = reader.metadata["f0"], reader.metadata["f1"].reshape(-1)
-        assert np.maximum(images["height"], images["width"]).max() == 64 and labels.tolist() == [0] * 20 + [1] * 20
+        assert (
+            np.maximum(images["height"], images["width"]).max() == 64
+            and labels.tolist() == [0] * 20 + [1] * 20
+        )
         as_jpg = images["mode"] == 0
         assert as_jpg.mean() == share if share in (0, 1) else 0.25 < as_jpg.mean() < 0.75
         pages = (
             reader.alloc_table["ptr"] // reader.page_size,
             (reader.alloc_table["ptr"] + reader.alloc_table["size"] - 1) // reader.page_size,
         )
-        assert np.array_equal(*pages) and measure(path)[1] == 40  # every image lies within one page
+        # every image lies within one page
+        assert np.array_equal(*pages) and measure(path)[1] == 40
         sizes.append(reader.alloc_table["size"][as_jpg].sum())
     assert sizes[1] < sizes[0] or share == 0

@@ -28,14 +28,16 @@ OF_THE_C_LIBRARY = {
 
 # SHA-256, first 16 digits, of what FFCV 1.0.2 made of photo.jpg when it was compiled against
 # Debian 12's OpenCV 4.6.0 and libjpeg-turbo 2.1.5, on x86-64.
-DECODED = {  # (left, top, width, height, scale, crop, flip)
+# (left, top, width, height, scale, crop, flip)
+DECODED = {
     (0, 0, 122, 94, 1, False, False): "c8a1fc1b0c4af49d",
     (0, 0, 112, 80, 1, False, True): "30dd393c10bc919b",
     (16, 16, 64, 48, 1, True, False): "728842ae16471509",
     (0, 0, 122, 94, 2, False, False): "833609f24bb0767a",
 }
 # By halves, by fractions, larger.
-RESIZED = {  # ((first row, behind the last, first column, behind the last), (rows, columns))
+# ((first row, behind the last, first column, behind the last), (rows, columns))
+RESIZED = {
     ((0, 94, 0, 122), (47, 61)): "af8fa487deaddc23",
     ((3, 80, 5, 119), (32, 32)): "c7a2ea0ca41f5a4d",
     ((10, 30, 10, 40), (64, 64)): "b422e71c0d5122e1",

@@ -63,7 +63,8 @@ def test_older_python_is_passed_over(tmp_path):
     refused(run_setup(tmp_path, programs={"python3": older}), "Python 3.11 or newer")
     full = "echo Filesystem; echo 'disk 1 1 1000 1% /'"
     done = run_setup(tmp_path, programs={"python3": older, "python3.12": PYTHON, "df": full})
-    refused(done, "GB free")  # it went on with the other one
+    # it went on with the other one
+    refused(done, "GB free")
 
 
 def test_named_python_that_is_missing(tmp_path):
@@ -91,7 +92,8 @@ def test_processor_for_which_the_systems_libraries_are_needed(tmp_path):
     refused(done, "on riscv64 FFCV needs a C++ compiler", "libopencv-dev")
     full = "echo Filesystem; echo 'disk 1 1 1000 1% /'"
     there = {**programs, "pkg-config": '[ "$*" = "--exists opencv4 libturbojpeg" ]', "df": full}
-    refused(run_setup(tmp_path, programs=there), "GB free")  # it went on
+    # it went on
+    refused(run_setup(tmp_path, programs=there), "GB free")
 
 
 def test_too_little_room(tmp_path):
@@ -127,13 +129,15 @@ def test_environment_that_is_ready_takes_no_time_and_says_nothing():
 @pytest.mark.parametrize("damage", ["interpreter", "moved", "other project files", "unfinished"])
 def test_environment_that_is_not_ready_is_seen(tmp_path, damage):
     """A stand-in for a finished environment: only its interpreter and its pip are looked at."""
-    stop = {"PYTHON": "/nowhere/python"}  # set-up that is needed ends there
+    # set-up that is needed ends there
+    stop = {"PYTHON": "/nowhere/python"}
     bin_folder = tmp_path / ".venv" / "bin"
     bin_folder.mkdir(parents=True)
     (bin_folder / "python").symlink_to(sys.executable)
     (bin_folder / "pip").write_text(f"#!{bin_folder}/python\n")
     (tmp_path / ".venv" / "made-by-setup").touch()
-    run_setup(tmp_path, "--if-needed", **stop)  # puts the files there of which the state is made
+    # puts the files there of which the state is made
+    run_setup(tmp_path, "--if-needed", **stop)
     files = "pyproject.toml constraints.txt install/*.sh install/*.py install/*.txt"
     checksum = ["sh", "-c", f"cat {files} | cksum"]
     state = subprocess.run(checksum, cwd=tmp_path, capture_output=True, text=True)
@@ -163,7 +167,8 @@ def test_what_has_lost_files_is_found(tmp_path):
     venv.create(environment, symlinks=True)
     (site,) = environment.glob("lib/python*/site-packages")
     for name, files in {
-        "whole": "whole.py,,\nwhole.pyc,,\n",  # whoever may write there makes the second
+        # whoever may write there makes the second
+        "whole": "whole.py,,\nwhole.pyc,,\n",
         "broken": "there.py,,\nlost.py,,\n",
         "unlisted": "",
     }.items():
@@ -179,7 +184,8 @@ def test_what_has_lost_files_is_found(tmp_path):
 
 
 def test_build_that_is_stopped_leaves_nothing(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as index:  # it takes connections, and never answers
+    # it takes connections, and never answers
+    with socket.create_server(("127.0.0.1", 0)) as index:
         place = f"http://127.0.0.1:{index.getsockname()[1]}"
         pip = {"PIP_INDEX_URL": place, "PIP_NO_CACHE_DIR": "1", "PIP_CONFIG_FILE": os.devnull}
         command = [sys.executable, ROOT / "install" / "build_ffcv.py", tmp_path / "wheels"]

@@ -20,11 +20,15 @@ class DynamicConv(nn.Module):
 class PlantedCoDA(nn.Module):
     """Encoding, a conventional stem, two dynamic stages and a dynamic head outside of the stages."""
 
-    def __init__(self, temperature: float = 7.0, logit_bias: float = -2.2, conventional: bool = False):
+    def __init__(
+        self, temperature: float = 7.0, logit_bias: float = -2.2, conventional: bool = False
+    ):
         super().__init__()
         self.temperature, self.logit_bias = temperature, logit_bias
         self.stem = (
-            nn.Sequential(nn.Conv2d(6, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)) if conventional else nn.Identity()
+            nn.Sequential(nn.Conv2d(6, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+            if conventional
+            else nn.Identity()
         )
         self.stage1 = nn.Sequential(DynamicConv(4 if conventional else 6, 5), DynamicConv(5, 4))
         self.pool = nn.AvgPool2d(2)
@@ -48,7 +52,8 @@ class PlantedLinear(nn.Module):
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        self.weight = nn.Parameter(weight)  # (classes, 3, H, W)
+        # (classes, 3, H, W)
+        self.weight = nn.Parameter(weight)
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.einsum("bchw,kchw->bk", images, self.weight)
@@ -67,7 +72,9 @@ class Distracted(PlantedLinear):
 
 
 class Chain(nn.Sequential):
-    """Convolution, in-place or ordinary ReLU, convolution, in-place addition, global pooling, linear layer."""
+    """Convolution, in-place or ordinary ReLU, convolution, in-place addition, global pooling,
+    linear layer.
+    """
 
     def __init__(self, inplace: bool):
         super().__init__()

@@ -14,9 +14,11 @@ from pipeline.models.dau import DAUConv2d
 
 def formed(layer, x):
     """cos(w, x) with every dynamic weight held, (N, O)."""
-    patches = F.unfold(x, layer.kernel_size, stride=layer.stride, padding=layer.padding)  # (B, d, L), d ordered channel, row, column
+    # (B, d, L), d ordered channel, row, column
+    patches = F.unfold(x, layer.kernel_size, stride=layer.stride, padding=layer.padding)
     z = torch.einsum("rd,bdl->brl", layer.down.weight.flatten(1), patches)
-    patches = patches.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(1, 2)  # row, column, channel
+    # row, column, channel
+    patches = patches.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(1, 2)
     w = torch.einsum("odr,brl->bodl", layer.up_weight, z)
     w = w if layer.up_bias is None else w + layer.up_bias[None, :, :, None]
     return F.cosine_similarity(w, patches[:, None], dim=2, eps=0).transpose(1, 2).flatten(0, 1)
@@ -26,7 +28,9 @@ def formed(layer, x):
 @pytest.mark.parametrize(("kernel", "stride", "rank"), [(3, 2, 3), (1, 1, 2), (3, 1, 20)])
 def test_equals_the_cosine_with_formed_weights(norm, kernel, stride, rank):
     torch.manual_seed(0)
-    layer = DAUConv2d(4, 5, kernel, stride=stride, padding=kernel // 2, rank=rank, norm=norm).double()
+    layer = DAUConv2d(
+        4, 5, kernel, stride=stride, padding=kernel // 2, rank=rank, norm=norm
+    ).double()
     x = rand(2, 4, 7, 6) - 0.3
     with torch.no_grad():
         torch.testing.assert_close(cosines(layer, x), formed(layer, x), rtol=1e-9, atol=1e-10)
@@ -42,7 +46,8 @@ def planted():
 
 def test_planted_alignment():
     x = rand(2, 4, 3, 3).float() - 0.5
-    x[0, :, 0, 0] = 0  # a patch of nothing has no direction
+    # a patch of nothing has no direction
+    x[0, :, 0, 0] = 0
     found = cosines(planted(), x).detach()
     assert found[0].isnan().all() and found[:, 2].isnan().all()
     torch.testing.assert_close(found[1:, :2], torch.tensor([1.0, -1.0]).expand(17, 2))
@@ -59,9 +64,14 @@ def test_distribution_of_known_values():
 
 
 def test_layers_come_from_the_output_and_batches_add_up():
-    model = nn.Sequential(DAUConv2d(3, 4, 3, rank=2), DAUConv2d(4, 2, 1, rank=2), nn.Flatten()).train()
+    model = nn.Sequential(
+        DAUConv2d(3, 4, 3, rank=2), DAUConv2d(4, 2, 1, rank=2), nn.Flatten()
+    ).train()
     images = rand(4, 3, 5, 5).float()
-    whole, halves = alignment_histograms(model, images), [alignment_histograms(model, images[k : k + 2]) for k in (0, 2)]
+    whole, halves = (
+        alignment_histograms(model, images),
+        [alignment_histograms(model, images[k : k + 2]) for k in (0, 2)],
+    )
     assert list(whole) == ["1", "0"] and model.training
     for name, histogram in whole.items():
         assert torch.equal(histogram, halves[0][name] + halves[1][name])

@@ -15,7 +15,9 @@ def test_hand_numbers():
     assert interpretable_depth(CURVE) == 0.4
     assert interpretable_depth(CURVE, threshold=0.51) == 0.1
     # held at .9 up to .1, then trapezoids
-    assert interpretable_area(CURVE) == pytest.approx(0.1 * 0.9 + 0.3 * 0.7 + 0.2 * 0.35 + 0.4 * 0.15)
+    assert interpretable_area(CURVE) == pytest.approx(
+        0.1 * 0.9 + 0.3 * 0.7 + 0.2 * 0.35 + 0.4 * 0.15
+    )
 
 
 def test_depth_is_the_largest_distance_even_after_a_dip():
@@ -39,7 +41,11 @@ def test_last_score_is_held_up_to_the_input():
 
 @given(st.permutations(CURVE))
 def test_order_and_form_do_not_matter(points):
-    assert interpretable_area(points) == interpretable_area(dict(points)) == interpretable_area(iter(CURVE))
+    assert (
+        interpretable_area(points)
+        == interpretable_area(dict(points))
+        == interpretable_area(iter(CURVE))
+    )
     assert interpretable_depth(points) == interpretable_depth(dict(points)) == 0.4
 
 
@@ -49,7 +55,10 @@ def test_area_lies_between_the_extreme_scores(curve):
 
 
 @pytest.mark.parametrize("measure", [interpretable_depth, interpretable_area])
-@pytest.mark.parametrize("curve", [[], {}, [(-0.1, 0.5)], [(1.1, 0.5)], [(0.5, math.nan)], [(math.nan, 0.5)], [(0.5, math.inf)]])
+@pytest.mark.parametrize(
+    "curve",
+    [[], {}, [(-0.1, 0.5)], [(1.1, 0.5)], [(0.5, math.nan)], [(math.nan, 0.5)], [(0.5, math.inf)]],
+)
 def test_bad_curves_are_refused(measure, curve):
     with pytest.raises(ValueError, match="depth curve"):
         measure(curve)

@@ -8,7 +8,9 @@ from pipeline.interpret.pixel_removal import removal_curve
 
 
 def encoded(batch: int, height: int, width: int) -> Tensor:
-    images = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    images = torch.rand(
+        batch, 3, height, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     return torch.cat([images, 1 - images], 1)
 
 
@@ -25,22 +27,35 @@ def test_points_and_steps_of_the_protocol():
         curve = removal_curve(count_left, images, images[:, 0], torch.tensor([0, 1]))
         left = size[0] * size[1] - step * torch.arange(129)
         assert curve.shape == (2, 129)
-        torch.testing.assert_close(curve, torch.stack([left, 2 * left]).double().div(1000).sigmoid())
+        torch.testing.assert_close(
+            curve, torch.stack([left, 2 * left]).double().div(1000).sigmoid()
+        )
 
 
 @pytest.mark.parametrize("first", ["least", "most"])
 def test_order_is_signed_and_each_image_has_its_own(first):
-    """The logit is the sum of the importance left: removing the most negative pixels raises it, the most positive lowers it."""
+    """The logit is the sum of the importance left: removing the most negative pixels raises it, the
+    most positive lowers it.
+    """
     images = encoded(3, 6, 7)
     maps = torch.randn(3, 6, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def importance_left(masked: Tensor) -> Tensor:
         return (maps * masked.abs().sum(1).gt(0)).flatten(1).sum(1, keepdim=True)
 
-    curve = removal_curve(importance_left, images, maps, torch.zeros(3, dtype=torch.int64), fraction=0.5, points=8, first=first)
+    curve = removal_curve(
+        importance_left,
+        images,
+        maps,
+        torch.zeros(3, dtype=torch.int64),
+        fraction=0.5,
+        points=8,
+        first=first,
+    )
     for row, importance in zip(curve, maps.flatten(1), strict=True):
         order = importance.sort(descending=first == "most").values
-        expected = torch.stack([order[3 * k :].sum() for k in range(8)])  # 21 pixels in 7 steps
+        # 21 pixels in 7 steps
+        expected = torch.stack([order[3 * k :].sum() for k in range(8)])
         torch.testing.assert_close(row, expected.sigmoid())
     assert (curve[:, 1] > curve[:, 0]).all() == (first == "least")
 
@@ -58,25 +73,38 @@ def test_ties_go_in_row_major_order(first, gone):
     assert len(seen) == 5
     for step, masked in enumerate(seen):
         assert (masked == 0).all(1).flatten().nonzero().flatten().tolist() == gone[:step]
-        assert torch.equal((masked == 0).all(1), (masked == 0).any(1))  # all six channels: not black, which is 0 0 0 1 1 1
+        # all six channels: not black, which is 0 0 0 1 1 1
+        assert torch.equal((masked == 0).all(1), (masked == 0).any(1))
 
 
 @pytest.mark.parametrize("first", ["least", "most"])
 def test_equal_importance_everywhere_removes_rows_from_the_top(first):
     """Enough pixels for a sort that is not stable to show."""
-    position = torch.arange(64 * 64, dtype=torch.float64).view(1, 1, 64, 64).expand(1, 6, 64, 64) + 1
+    position = (
+        torch.arange(64 * 64, dtype=torch.float64).view(1, 1, 64, 64).expand(1, 6, 64, 64) + 1
+    )
 
     def first_left(images: Tensor) -> Tensor:
-        return images[:, 0].flatten(1).masked_fill(images[:, 0].flatten(1) == 0, torch.inf).amin(1, keepdim=True) / 1000
+        return (
+            images[:, 0]
+            .flatten(1)
+            .masked_fill(images[:, 0].flatten(1) == 0, torch.inf)
+            .amin(1, keepdim=True)
+            / 1000
+        )
 
-    curve = removal_curve(first_left, position, torch.zeros(1, 64, 64), torch.tensor([0]), first=first)
+    curve = removal_curve(
+        first_left, position, torch.zeros(1, 64, 64), torch.tensor([0]), first=first
+    )
     torch.testing.assert_close(curve[0], ((torch.arange(129) * 8 + 1) / 1000).double().sigmoid())
 
 
 def test_images_are_left_alone_and_no_graph_is_kept():
     images = encoded(2, 4, 4)
     before, weight = images.clone(), torch.ones(1, requires_grad=True)
-    curve = removal_curve(lambda x: x.sum((2, 3)) * weight, images, images[:, 0], torch.tensor([0, 5]), points=5)
+    curve = removal_curve(
+        lambda x: x.sum((2, 3)) * weight, images, images[:, 0], torch.tensor([0, 5]), points=5
+    )
     assert torch.equal(images, before) and not curve.requires_grad
 
 
@@ -93,4 +121,6 @@ def test_images_are_left_alone_and_no_graph_is_kept():
 )
 def test_impossible_curves_are_refused(maps, options, message):
     with pytest.raises(ValueError, match=message):
-        removal_curve(count_left, encoded(2, 8, 8), torch.zeros(maps), torch.tensor([0, 1]), **options)
+        removal_curve(
+            count_left, encoded(2, 8, 8), torch.zeros(maps), torch.tensor([0, 1]), **options
+        )

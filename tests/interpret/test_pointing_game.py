@@ -25,7 +25,9 @@ def slow_scores(maps: Tensor, n: int) -> Tensor:
             positive = maps[grid, k].clamp(min=0)
             row, column = k // n * height, k % n * width
             if positive.sum() > 0:
-                scores[grid, k] = positive[row : row + height, column : column + width].sum() / positive.sum()
+                scores[grid, k] = (
+                    positive[row : row + height, column : column + width].sum() / positive.sum()
+                )
     return scores
 
 
@@ -34,31 +36,42 @@ def test_maps_inside_their_own_cell_score_one(n):
     maps = torch.full((2, n * n, 4 * n, 5 * n), -7.0)
     for k in range(n * n):
         row, column = 4 * (k // n), 5 * (k % n)
-        maps[:, k, row : row + 4, column : column + 5] = torch.rand(4, 5, generator=generator()) + 0.1
+        maps[:, k, row : row + 4, column : column + 5] = (
+            torch.rand(4, 5, generator=generator()) + 0.1
+        )
     assert torch.equal(localisation_scores(maps, n), torch.ones(2, n * n))
     if n > 1:
-        assert torch.equal(localisation_scores(maps.roll(1, dims=1), n), torch.zeros(2, n * n))  # each in another's cell
+        # each in another's cell
+        assert torch.equal(localisation_scores(maps.roll(1, dims=1), n), torch.zeros(2, n * n))
 
 
 def test_uninformative_and_empty_maps():
-    torch.testing.assert_close(localisation_scores(torch.ones(1, 9, 6, 9), 3), torch.full((1, 9), 1 / 9))
+    torch.testing.assert_close(
+        localisation_scores(torch.ones(1, 9, 6, 9), 3), torch.full((1, 9), 1 / 9)
+    )
     assert torch.equal(localisation_scores(torch.zeros(1, 9, 6, 9), 3), torch.zeros(1, 9))
     assert torch.equal(localisation_scores(-torch.ones(1, 9, 6, 9), 3), torch.zeros(1, 9))
     assert localisation_scores(torch.full((1, 4, 2, 2), torch.nan), 2).isnan().all()
 
 
 def test_channels_cancel_before_the_clamp():
-    """A position with +3 and -3 in two channels carries no evidence; clamping channels first would give it 3."""
+    """A position with +3 and -3 in two channels carries no evidence; clamping channels first would
+    give it 3.
+    """
     channels = torch.zeros(1, 4, 2, 2, 2)  # (G, n², C, H, W)
-    channels[0, 0, :, 0, 0] = torch.tensor([2.0, 0.0])  # evidence inside of cell 0
-    channels[0, 0, :, 1, 1] = torch.tensor([3.0, -3.0])  # none outside
+    # evidence inside of cell 0
+    channels[0, 0, :, 0, 0] = torch.tensor([2.0, 0.0])
+    # none outside
+    channels[0, 0, :, 1, 1] = torch.tensor([3.0, -3.0])
     assert localisation_scores(channels.sum(2), 2)[0, 0] == 1
     assert localisation_scores(channels.clamp(min=0).sum(2), 2)[0, 0] == 0.4
 
 
 @given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
 def test_equals_the_definition(seed, n, height, width):
-    maps = torch.randn(2, n * n, n * height, n * width, generator=generator(seed), dtype=torch.float64)
+    maps = torch.randn(
+        2, n * n, n * height, n * width, generator=generator(seed), dtype=torch.float64
+    )
     torch.testing.assert_close(localisation_scores(maps, n), slow_scores(maps, n))
 
 
@@ -94,15 +107,22 @@ def test_grids_hold_different_classes_and_use_the_most_confident_samples_first()
     eligible = (predictions == labels) & (logits > 0)
     assert eligible[used].all()
     for label in range(5):
-        by_logit = sorted((i for i in range(30) if labels[i] == label and eligible[i]), key=lambda i: -logits[i].item())
+        by_logit = sorted(
+            (i for i in range(30) if labels[i] == label and eligible[i]),
+            key=lambda i: -logits[i].item(),
+        )
         taken = [i for i in used if labels[i] == label]
         assert taken == by_logit[: len(taken)]
 
 
 def test_choice_depends_on_the_generator_alone():
     samples = planted_samples()
-    assert torch.equal(choose_grids(*samples, 2, 3, generator(1)), choose_grids(*samples, 2, 3, generator(1)))
-    different = {tuple(choose_grids(*samples, 2, 1, generator(seed))[0].tolist()) for seed in range(10)}
+    assert torch.equal(
+        choose_grids(*samples, 2, 3, generator(1)), choose_grids(*samples, 2, 3, generator(1))
+    )
+    different = {
+        tuple(choose_grids(*samples, 2, 1, generator(seed))[0].tolist()) for seed in range(10)
+    }
     assert len(different) > 3
 
 
@@ -110,19 +130,26 @@ def test_equal_logits_go_by_index():
     labels = torch.tensor([1, 0, 1, 0, 3, 2, 3, 2])
     grids = choose_grids(torch.ones(8), labels, labels, 2, 2, generator())
     assert sorted(grids[0].tolist()) == [0, 1, 4, 5] and sorted(grids[1].tolist()) == [2, 3, 6, 7]
-    many = torch.arange(4000) % 4  # enough for a sort that is not stable to show
+    # enough for a sort that is not stable to show
+    many = torch.arange(4000) % 4
     grids = choose_grids(torch.ones(4000), many, many, 2, 1000, generator())
     assert torch.equal(grids.sort(1).values, torch.arange(4000).view(1000, 4))
 
 
 def test_sampling_goes_on_after_a_class_runs_out():
-    """Class 0 has one image and four others have three: a stop at the first empty class would leave images unused."""
+    """Class 0 has one image and four others have three: a stop at the first empty class would leave
+    images unused.
+    """
     labels = torch.tensor([0] + [1, 2, 3, 4] * 3)
     for seed in range(5):
         grids = choose_grids(torch.ones(13), labels, labels, 2, 100, generator(seed))
-        assert 2 <= len(grids) <= 3  # 3 if class 0 was never drawn, or drawn in a grid that leaves four classes
+        # 3 if class 0 was never drawn, or drawn in a grid that leaves four classes
+        assert 2 <= len(grids) <= 3
         assert (labels[grids] == 0).sum() <= 1
-    counts = {len(choose_grids(torch.ones(13), labels, labels, 2, 100, generator(seed))) for seed in range(20)}
+    counts = {
+        len(choose_grids(torch.ones(13), labels, labels, 2, 100, generator(seed)))
+        for seed in range(20)
+    }
     assert max(counts) == 3
 
 
@@ -132,7 +159,10 @@ def test_too_few_classes_give_no_grid_and_say_so(caplog):
         grids = choose_grids(logits, labels, predictions, 3, 500, generator())
     assert grids.shape == (0, 9) and grids.dtype == torch.int64
     eligible = int(((predictions == labels) & (logits > 0)).sum())
-    assert f"0 of 500 grids of 3x3 images: 5 classes have images that are classified correctly with p > 0.5, {eligible} such" in caplog.text
+    assert (
+        f"0 of 500 grids of 3x3 images: 5 classes have images that are classified correctly with p > 0.5, {eligible} such"
+        in caplog.text
+    )
     assert make_grids(torch.rand(30, 3, 2, 2)[grids]).shape == (0, 3, 6, 6)
 
 
@@ -143,7 +173,10 @@ def test_no_message_where_all_grids_are_made(caplog):
 
 def test_probability_of_exactly_one_half_is_not_confident():
     labels = torch.arange(4)
-    assert len(choose_grids(torch.tensor([1.0, 1.0, 1.0, 0.0]), labels, labels, 2, 1, generator())) == 0
+    assert (
+        len(choose_grids(torch.tensor([1.0, 1.0, 1.0, 0.0]), labels, labels, 2, 1, generator()))
+        == 0
+    )
 
 
 def test_grids_are_tiled_row_major():

@@ -1,4 +1,6 @@
-"""The registered names, each built small enough to run in a moment; the depth is always the real one."""
+"""The registered names, each built small enough to run in a moment; the depth is always the real
+one.
+"""
 
 import timm
 import torch
@@ -9,7 +11,14 @@ CODA = timm.list_models("coda_*")
 HYBRIDS = [name for name in CODA if "resnet" in name]
 PLAIN = ["resnet8", "resnet20", "resnet56"]
 ON_CIFAR = ["coda_resnet8", "coda_resnet20", "coda_resnet56"]
-SIZES = {"coda_xs": 16, "coda_s": 16, "coda_m": 16, "coda_xl": 16, "coda_l": 48, **dict.fromkeys((*PLAIN, *ON_CIFAR), 32)}
+SIZES = {
+    "coda_xs": 16,
+    "coda_s": 16,
+    "coda_m": 16,
+    "coda_xl": 16,
+    "coda_l": 48,
+    **dict.fromkeys((*PLAIN, *ON_CIFAR), 32),
+}
 SMALL_RANKS = {"coda_m": 4, "coda_l": 4, "coda_xl": 4}
 
 
@@ -43,7 +52,11 @@ def junctions(names):
 
 
 def choices(name):
-    return [{"conv_stages": count} for count in range(stages_of(name) + 1)] if name in HYBRIDS else [{}]
+    return (
+        [{"conv_stages": count} for count in range(stages_of(name) + 1)]
+        if name in HYBRIDS
+        else [{}]
+    )
 
 
 def dau_names(model):

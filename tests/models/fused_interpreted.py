@@ -1,6 +1,8 @@
-"""Run by test_fused with TRITON_INTERPRET=1: the kernels, executed on CPU, against the formulas with w formed as they read.
+"""Run by test_fused with TRITON_INTERPRET=1: the kernels, executed on CPU, against the formulas
+with w formed as they read.
 
-The interpreter multiplies the bit patterns of bf16 operands, so bf16 is compiled and self-checked on a GPU, not run here.
+The interpreter multiplies the bit patterns of bf16 operands, so bf16 is compiled and self-checked
+on a GPU, not run here.
 """
 
 import pytest
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 
 from pipeline.models.dau import functional, fused
 
-fused.MIN_SPAN = 50  # so that a sum over few positions is split, too
+# so that a sum over few positions is split, too
+fused.MIN_SPAN = 50
 
 
 def slow(rows, z, weight, bias):
@@ -23,7 +26,14 @@ def slow(rows, z, weight, bias):
 
 def draw(positions, values, rank, units, bias, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(positions, values), (positions, rank), (units, values, rank), (units, values), (positions, units), (positions, units)]
+    shapes = [
+        (positions, values),
+        (positions, rank),
+        (units, values, rank),
+        (units, values),
+        (positions, units),
+        (positions, units),
+    ]
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
     return tensors[:3] + [tensors[3] if bias else None], tensors[4:]
 
@@ -41,7 +51,8 @@ def assert_close(ours, theirs):
     units=st.sampled_from([1, 3, 17]),
     bias=st.booleans(),
     norm=st.booleans(),
-    tf32=st.booleans(),  # other blocks
+    # other blocks
+    tf32=st.booleans(),
     seed=st.integers(0, 100),
 )
 @example(positions=131, values=21, rank=18, units=3, bias=True, norm=True, tf32=True, seed=0)
@@ -56,10 +67,18 @@ def test_equals_the_formulas(positions, values, rank, units, bias, norm, tf32, s
     if norm:
         assert_close(norm2, expected[1])
     loss = (expected[0] * grad_dot).sum() + (expected[1] * grad_norm2).sum() * norm
-    wanted = torch.autograd.grad(loss, [tensor for tensor in exact if tensor is not None], retain_graph=True)
-    if norm:  # rows do not enter norm2
-        torch.testing.assert_close(wanted[0], torch.autograd.grad((expected[0] * grad_dot).sum(), exact[0], retain_graph=True)[0])
-    gradients = fused.backward(*operands, grad_dot, grad_norm2 if norm else None, (True, True, True, bias))
+    wanted = torch.autograd.grad(
+        loss, [tensor for tensor in exact if tensor is not None], retain_graph=True
+    )
+    # rows do not enter norm2
+    if norm:
+        torch.testing.assert_close(
+            wanted[0],
+            torch.autograd.grad((expected[0] * grad_dot).sum(), exact[0], retain_graph=True)[0],
+        )
+    gradients = fused.backward(
+        *operands, grad_dot, grad_norm2 if norm else None, (True, True, True, bias)
+    )
     assert (gradients[3] is None) == (not bias)
     for ours, theirs in zip(gradients, wanted, strict=False):
         assert_close(ours, theirs)
@@ -73,16 +92,21 @@ def test_norm_keeps_its_accuracy_in_a_weak_direction():
     left, singular, right = torch.linalg.svd(weight.double(), full_matrices=False)
     singular[:, -1] = 1e-3 * singular[:, 0]
     weight = ((left * singular[:, None]) @ right).float()
-    z = right[0, -1].float().expand(40, -1).contiguous()  # weak for unit 0
+    # weak for unit 0
+    z = right[0, -1].float().expand(40, -1).contiguous()
     exact = slow(rows.double(), z.double(), weight.double(), None)[1][:, 0]
     norm2 = fused.forward(rows, z, weight, None, with_norm=True)[1][:, 0]
     gram = torch.einsum("nr,rs,ns->n", z, weight[0].T @ weight[0], z)
     torch.testing.assert_close(norm2.double(), exact, rtol=1e-3, atol=0)
-    assert (gram - exact).abs().max() > 1e-3 * exact.max()  # the test can tell
+    # the test can tell
+    assert (gram - exact).abs().max() > 1e-3 * exact.max()
 
-    # its gradient in z, 2 A^T A z, may use the Gram matrix: that errs a few times as much as A z in fp32 does, not 1 / ratio times
+    # its gradient in z, 2 A^T A z, may use the Gram matrix: that errs a few times as much as A z in
+    # fp32 does, not 1 / ratio times
     cotangent = torch.tensor([[1.0, 0.0, 0.0]]).expand(40, -1)
-    ours = fused.backward(rows, z, weight, None, torch.zeros(40, 3), cotangent, (False, True, False, False))[1]
+    ours = fused.backward(
+        rows, z, weight, None, torch.zeros(40, 3), cotangent, (False, True, False, False)
+    )[1]
     in_two_steps = 2 * (z @ weight[0].T) @ weight[0]
     wanted = 2 * (z.double() @ weight[0].double().T) @ weight[0].double()
     assert (ours - wanted).norm() <= 10 * (in_two_steps - wanted).norm()
@@ -111,7 +135,9 @@ def test_explanation_of_several_targets():
     assert_close(fused.explain(z, weight, bias, grads), wanted)
 
 
-@pytest.mark.parametrize(("factor", "expected"), [(1, None), (1.1, "dot differs from plain PyTorch in torch.float32")])
+@pytest.mark.parametrize(
+    ("factor", "expected"), [(1, None), (1.1, "dot differs from plain PyTorch in torch.float32")]
+)
 def test_self_check_tells_right_from_wrong(factor, expected):
     def reference(*operands):
         dot, norm2 = slow(*operands)

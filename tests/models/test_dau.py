@@ -17,9 +17,23 @@ from pipeline.models.dau.functional import Geometry
 from pipeline.models.dau.reference import twin
 
 
-def make(norm, *, inputs=3, units=5, kernel=3, stride=1, padding=1, rank=2, bias=True, dtype=torch.float64, seed=0):
+def make(
+    norm,
+    *,
+    inputs=3,
+    units=5,
+    kernel=3,
+    stride=1,
+    padding=1,
+    rank=2,
+    bias=True,
+    dtype=torch.float64,
+    seed=0,
+):
     torch.manual_seed(seed)
-    return DAUConv2d(inputs, units, kernel, stride=stride, padding=padding, rank=rank, norm=norm, bias=bias).to(dtype)
+    return DAUConv2d(
+        inputs, units, kernel, stride=stride, padding=padding, rank=rank, norm=norm, bias=bias
+    ).to(dtype)
 
 
 def outputs_and_gradients(function, layer, x):
@@ -30,7 +44,8 @@ def outputs_and_gradients(function, layer, x):
 
 
 def assert_close_relative(ours, theirs, tolerance):
-    floor = 1e-3 * max(b.norm() for b in theirs)  # a gradient that cancels to zero is all rounding
+    # a gradient that cancels to zero is all rounding
+    floor = 1e-3 * max(b.norm() for b in theirs)
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).norm() <= tolerance * b.norm().clamp_min(floor)
 
@@ -48,8 +63,12 @@ def assert_close_relative(ours, theirs, tolerance):
     seed=st.integers(0, 100),
     small_chunks=st.booleans(),
 )
-def test_equals_the_twin(norm, kernel, stride, padding, size, rank, bias, batch, seed, small_chunks):
-    layer = make(norm, kernel=kernel, stride=stride, padding=padding, rank=rank, bias=bias, seed=seed)
+def test_equals_the_twin(
+    norm, kernel, stride, padding, size, rank, bias, batch, seed, small_chunks
+):
+    layer = make(
+        norm, kernel=kernel, stride=stride, padding=padding, rank=rank, bias=bias, seed=seed
+    )
     x = torch.rand(batch, 3, *size, dtype=torch.float64)
     whole = chunked.CHUNK_NUMBERS
     chunked.CHUNK_NUMBERS = 64 if small_chunks else whole
@@ -57,16 +76,21 @@ def test_equals_the_twin(norm, kernel, stride, padding, size, rank, bias, batch,
         ours = outputs_and_gradients(layer, layer, x)
         assert_close_relative(ours, outputs_and_gradients(lambda t: twin(layer, t), layer, x), 1e-8)
         if rank == 1 and norm != "sq":
-            return  # w keeps its direction whatever z is: the gradients in z are zero, and in fp32 all rounding
+            # w keeps its direction whatever z is: the gradients in z are zero, and in fp32 all
+            # rounding
+            return
         single = layer.float()
         ours = outputs_and_gradients(single, single, x.float())
-        assert_close_relative(ours, outputs_and_gradients(lambda t: twin(single, t), single, x.float()), 2e-3)
+        assert_close_relative(
+            ours, outputs_and_gradients(lambda t: twin(single, t), single, x.float()), 2e-3
+        )
     finally:
         chunked.CHUNK_NUMBERS = whole
 
 
 @pytest.mark.parametrize("norm", ["sq", "l2", "wb"])
-@pytest.mark.parametrize("rank", [2, 20])  # by rank and by unit
+# by rank and by unit
+@pytest.mark.parametrize("rank", [2, 20])
 def test_gradcheck(norm, rank):
     layer = make(norm, rank=rank, inputs=2, units=2)
     x = torch.rand(1, 2, 5, 4, dtype=torch.float64, requires_grad=True)
@@ -75,7 +99,9 @@ def test_gradcheck(norm, rank):
     def call(x, *parameters):
         return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), x)
 
-    assert torch.autograd.gradcheck(call, (x, *[p.detach().requires_grad_() for p in layer.parameters()]))
+    assert torch.autograd.gradcheck(
+        call, (x, *[p.detach().requires_grad_() for p in layer.parameters()])
+    )
 
 
 @pytest.mark.parametrize("norm", ["sq", "l2", "wb"])
@@ -153,17 +179,25 @@ def test_bf16_autocast_computes_in_the_precision_of_the_parameters():
 @pytest.mark.parametrize("rank", [2, 40])
 @pytest.mark.parametrize("norm", ["sq", "l2", "wb"])
 def test_saved_for_backward_is_input_projection_and_outputs(norm, rank):
-    layer, x = make(norm, rank=rank, inputs=8, units=6), torch.rand(2, 8, 10, 9, dtype=torch.float64, requires_grad=True)
+    layer, x = (
+        make(norm, rank=rank, inputs=8, units=6),
+        torch.rand(2, 8, 10, 9, dtype=torch.float64, requires_grad=True),
+    )
     parameters = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     saved = {}
 
     def keep(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no other tensor gets its place
+        # held, so that no other tensor gets its place
+        saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y = layer(x)
-    numbers = sum(tensor.untyped_storage().nbytes() // 8 for pointer, tensor in saved.items() if pointer not in parameters)
+    numbers = sum(
+        tensor.untyped_storage().nbytes() // 8
+        for pointer, tensor in saved.items()
+        if pointer not in parameters
+    )
     positions = y[:, 0].numel()
     assert numbers <= positions * (8 * 9 + rank + 8 * 6) and numbers < positions * 8 * 9 * 6 / 2
 
@@ -171,49 +205,68 @@ def test_saved_for_backward_is_input_projection_and_outputs(norm, rank):
 def test_nothing_of_the_size_of_all_dynamic_weights_is_allocated():
     layer = make("sq", inputs=32, units=64, rank=8, dtype=torch.float32)
     x = torch.rand(8, 32, 32, 32, requires_grad=True)
-    all_weights = 8 * 32 * 32 * 32 * 9 * 64  # N * d * O numbers: 604 MB
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, record_shapes=True) as profile:
+    # N * d * O numbers: 604 MB
+    all_weights = 8 * 32 * 32 * 32 * 9 * 64
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, record_shapes=True
+    ) as profile:
         layer(x).sum().backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert 0 < largest <= 4 * all_weights / 20
 
 
-@pytest.mark.parametrize(("kernel", "stride", "padding"), [(1, 1, 0), (1, 2, 1), (3, 1, 1), (3, 2, 0), (7, 3, 3)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(1, 1, 0), (1, 2, 1), (3, 1, 1), (3, 2, 0), (7, 3, 3)]
+)
 def test_unfold_orders_row_column_channel_and_fold_is_its_adjoint(kernel, stride, padding):
     geometry = Geometry(kernel, stride, padding)
     x = torch.rand(2, 3, 9, 8, dtype=torch.float64)
     rows = functional.unfold(x, geometry)
-    published = F.unfold(x, kernel, stride=stride, padding=padding).unflatten(1, (3, -1))  # (B, C, k * k, L)
+    # (B, C, k * k, L)
+    published = F.unfold(x, kernel, stride=stride, padding=padding).unflatten(1, (3, -1))
     assert torch.equal(rows, published.permute(0, 3, 2, 1).flatten(0, 1).flatten(1))
     other = torch.rand_like(rows)
-    torch.testing.assert_close((functional.fold(other, x.shape, geometry) * x).sum(), (other * rows).sum())
+    torch.testing.assert_close(
+        (functional.fold(other, x.shape, geometry) * x).sum(), (other * rows).sum()
+    )
 
 
 def test_norm_keeps_its_accuracy_in_a_weak_direction():
     generator = torch.Generator().manual_seed(0)
-    left, singular, right = torch.linalg.svd(torch.randn(1, 50, 6, generator=generator, dtype=torch.float64), full_matrices=False)
+    left, singular, right = torch.linalg.svd(
+        torch.randn(1, 50, 6, generator=generator, dtype=torch.float64), full_matrices=False
+    )
     singular[:, -1] = 1e-3 * singular[:, 0]
     weight = (left * singular[:, None]) @ right
-    z = right[:, -1].expand(40, -1)  # shortened a thousand times by A
+    # shortened a thousand times by A
+    z = right[:, -1].expand(40, -1)
     exact = (z @ weight[0].T).square().sum(1)
     single = weight.float(), z.float()
     _, norm2 = chunked._forward_by_rank(torch.rand(40, 50), single[1], single[0], None, True)
     torch.testing.assert_close(norm2[:, 0].double(), exact, rtol=1e-4, atol=0)
     gram = single[0][0].T @ single[0][0]
     by_gram = torch.einsum("nr,rs,ns->n", single[1], gram, single[1])
-    assert (by_gram.double() / exact - 1).abs().max() > 1e-3  # the test can tell
+    # the test can tell
+    assert (by_gram.double() / exact - 1).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_both_formulations_agree_and_bf16_operands_come_near(bias):
     generator = torch.Generator().manual_seed(0)
     rows, z, weight, b, grad_dot, grad_norm2 = (
-        torch.randn(shape, generator=generator) for shape in [(90, 36), (90, 5), (7, 36, 5), (7, 36), (90, 7), (90, 7)]
+        torch.randn(shape, generator=generator)
+        for shape in [(90, 36), (90, 5), (7, 36, 5), (7, 36), (90, 7), (90, 7)]
     )
     operands, cotangents = (rows, z, weight, b if bias else None), (grad_dot, grad_norm2)
     needs = (True, True, True, bias)
-    by_rank = [*chunked._forward_by_rank(*operands, True), *chunked._backward_by_rank(*operands, *cotangents, needs)]
-    by_unit = [*chunked._forward_by_unit(*operands, True), *chunked._backward_by_unit(*operands, *cotangents, needs)]
+    by_rank = [
+        *chunked._forward_by_rank(*operands, True),
+        *chunked._backward_by_rank(*operands, *cotangents, needs),
+    ]
+    by_unit = [
+        *chunked._forward_by_unit(*operands, True),
+        *chunked._backward_by_unit(*operands, *cotangents, needs),
+    ]
     short = [None if operand is None else operand.bfloat16() for operand in operands]
     in_bf16 = [*chunked.forward(*short, True), *chunked.backward(*short, *cotangents, needs)]
     for a, b, c in zip(by_rank, by_unit, in_bf16, strict=True):
@@ -222,7 +275,8 @@ def test_both_formulations_agree_and_bf16_operands_come_near(bias):
             assert c.dtype == torch.float32 and (c - b).norm() <= 2e-2 * b.norm()
 
 
-@pytest.mark.parametrize("rank", [2, 40])  # by rank and by unit
+# by rank and by unit
+@pytest.mark.parametrize("rank", [2, 40])
 @pytest.mark.parametrize("bias", [True, False])
 def test_many_targets_from_one_backward_pass(rank, bias):
     layer = make("sq", rank=rank, bias=bias)
@@ -230,9 +284,13 @@ def test_many_targets_from_one_backward_pass(rank, bias):
     x = torch.rand(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
     y = layer(x)
     cotangents = torch.rand(9, *y.shape, dtype=torch.float64)
-    together = torch.func.vmap(lambda cotangent: torch.autograd.grad(y, x, cotangent, retain_graph=True)[0])(cotangents)
+    together = torch.func.vmap(
+        lambda cotangent: torch.autograd.grad(y, x, cotangent, retain_graph=True)[0]
+    )(cotangents)
     for cotangent, gradient in zip(cotangents, together, strict=True):
-        torch.testing.assert_close(gradient, torch.autograd.grad((twin(layer, x) * cotangent).sum(), x)[0])
+        torch.testing.assert_close(
+            gradient, torch.autograd.grad((twin(layer, x) * cotangent).sum(), x)[0]
+        )
 
 
 def test_dynamic_weights_are_formed_once_for_many_targets():
@@ -262,7 +320,11 @@ def trained(module, x):
 
 
 def chain():
-    return nn.Sequential(make("sq", rank=20), make("l2", inputs=5, units=4, stride=2, seed=1), make("wb", inputs=4, units=3, seed=2))
+    return nn.Sequential(
+        make("sq", rank=20),
+        make("l2", inputs=5, units=4, stride=2, seed=1),
+        make("wb", inputs=4, units=3, seed=2),
+    )
 
 
 def test_activation_checkpointing_compilation_and_copies_change_nothing():
@@ -273,23 +335,28 @@ def test_activation_checkpointing_compilation_and_copies_change_nothing():
     for parameter in loaded.parameters():
         parameter.data.zero_()
     loaded.load_state_dict(module.state_dict())
-    compiled = torch.compile(copy.deepcopy(module), backend="aot_eager")  # the graph breaks at dynamic_dot
+    # the graph breaks at dynamic_dot
+    compiled = torch.compile(copy.deepcopy(module), backend="aot_eager")
     recomputed = nn.Module()
     recomputed.inner = copy.deepcopy(module)
     recomputed.forward = lambda x: checkpoint(recomputed.inner, x, use_reentrant=False)
     for other in (module, copied, loaded, compiled, recomputed):
         for a, b in zip(trained(other, x), expected, strict=True):
-            assert torch.equal(a, b)  # and so every step is deterministic
+            # and so every step is deterministic
+            assert torch.equal(a, b)
 
 
 def _gradients_on_two(rank, size, port, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
+    )
     x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     module = chain()
     parallel = nn.parallel.DistributedDataParallel(module)
     parallel(x[2 * rank : 2 * rank + 2]).square().sum().backward()
     alone = chain()
-    (alone(x).square().sum() / 2).backward()  # DDP averages over processes
+    # DDP averages over processes
+    (alone(x).square().sum() / 2).backward()
     for ours, theirs in zip(module.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
     (folder / f"seen{rank}").touch()

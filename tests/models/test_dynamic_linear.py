@@ -6,7 +6,11 @@ from family import CODA, build, dau_names, images, junctions
 
 from pipeline.interpret.contributions import exact_layers, explainable_layers, layer_contributions
 
-OTHER_NORMS = [(name, {**args, "norm": norm}) for norm in ("l2", "wb") for name, args in junctions(["coda_s", "coda_resnet18"])]
+OTHER_NORMS = [
+    (name, {**args, "norm": norm})
+    for norm in ("l2", "wb")
+    for name, args in junctions(["coda_s", "coda_resnet18"])
+]
 
 
 @pytest.mark.parametrize(("name", "args"), [*junctions(CODA), *OTHER_NORMS])

@@ -1,4 +1,6 @@
-"""The Triton kernels of the DAU: right in Triton's interpreter, compiled for two GPUs without one, and never a reason to fail."""
+"""The Triton kernels of the DAU: right in Triton's interpreter, compiled for two GPUs without one,
+and never a reason to fail.
+"""
 
 import os
 import subprocess
@@ -15,9 +17,12 @@ INTERPRETED = Path(__file__).with_name("fused_interpreted.py")
 
 def test_kernels_in_the_interpreter():
     pytest.importorskip("triton", reason="triton is not installed")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when triton is imported, hence a process of its own
+    # read when triton is imported, hence a process of its own
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(INTERPRETED)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=INTERPRETED.parents[2])
+    run = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=INTERPRETED.parents[2]
+    )
     assert run.returncode == 0, run.stdout + run.stderr
 
 
@@ -35,7 +40,11 @@ def compiled(layer, kinds):
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
     ("name", "kinds"),
-    [("L-CoDA 9", ("fp32", "TF32", "bf16")), ("L-CoDA 2", ("TF32",)), ("hybrid 3x3 rank 8", ("fp32", "bf16"))],
+    [
+        ("L-CoDA 9", ("fp32", "TF32", "bf16")),
+        ("L-CoDA 2", ("TF32",)),
+        ("hybrid 3x3 rank 8", ("fp32", "bf16")),
+    ],
 )
 def test_compiles_without_a_gpu_and_without_spills(name, kinds, capability):
     pytest.importorskip("triton", reason="triton is not installed")

@@ -28,12 +28,19 @@ def built(request):
 
 
 def test_the_promised_names_are_registered():
-    assert CODA == PURE[:2] + [f"coda_resnet{depth}" for depth in (8, 18, 20, 34, 50, 56, 101, 152)] + PURE[2:]
+    assert (
+        CODA
+        == PURE[:2]
+        + [f"coda_resnet{depth}" for depth in (8, 18, 20, 34, 50, 56, 101, 152)]
+        + PURE[2:]
+    )
 
 
 def test_registering_beside_all_of_timm_gives_no_warning():
     code = "import timm, pipeline, importlib; import pipeline.models.coda; timm.create_model('coda_s'); timm.create_model('resnet18')"
-    run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
 
 
@@ -43,7 +50,9 @@ def test_every_parameter_gets_a_gradient(built):
     assert logits.shape == (2, 10)
     nn.functional.binary_cross_entropy_with_logits(logits, torch.eye(10)[:2]).backward()
     for key, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), key
+        assert (
+            parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any()
+        ), key
 
 
 @torch.no_grad()
@@ -58,7 +67,11 @@ def test_head_and_classifier(built):
     torch.testing.assert_close(copy.deepcopy(model)(x), logits)
     build(name).load_state_dict(model.state_dict(), strict=True)
     model.reset_classifier(7)
-    assert model(x).shape == (2, 7) and model.get_classifier() is model.head.classifier and not model.head.training
+    assert (
+        model(x).shape == (2, 7)
+        and model.get_classifier() is model.head.classifier
+        and not model.head.training
+    )
     model.reset_classifier(0)
     torch.testing.assert_close(model(x), pooled)
     model.reset_classifier(0, "")
@@ -71,8 +84,13 @@ def test_head_and_classifier(built):
 
 def test_default_cfg_names_what_there_is(built):
     model, cfg = built[1], built[1].default_cfg
-    assert {f"{cfg['classifier']}.weight", f"{cfg['first_conv']}.weight"} <= model.state_dict().keys()
-    assert (cfg["mean"], cfg["std"]) == ((0, 0, 0), (1, 1, 1)) and cfg["input_size"][0] == model.in_chans
+    assert {
+        f"{cfg['classifier']}.weight",
+        f"{cfg['first_conv']}.weight",
+    } <= model.state_dict().keys()
+    assert (cfg["mean"], cfg["std"]) == ((0, 0, 0), (1, 1, 1)) and cfg["input_size"][
+        0
+    ] == model.in_chans
     reduction = model.feature_info[-1]["reduction"]
     assert cfg["pool_size"] == tuple(math.ceil(side / reduction) for side in cfg["input_size"][1:])
 
@@ -86,15 +104,24 @@ def test_feature_levels_are_true(built):
     torch.testing.assert_close(final, model.forward_features(x))
     torch.testing.assert_close(levels[-1], final)
     for level, channels, reduction in zip(levels, info.channels(), info.reduction(), strict=True):
-        assert level.shape[1:] == (channels, math.ceil(size_of(name) / reduction), math.ceil(size_of(name) / reduction))
-    (second,) = model.forward_intermediates(x, indices=[-len(levels) + 1], stop_early=True, intermediates_only=True, norm=True)
+        assert level.shape[1:] == (
+            channels,
+            math.ceil(size_of(name) / reduction),
+            math.ceil(size_of(name) / reduction),
+        )
+    (second,) = model.forward_intermediates(
+        x, indices=[-len(levels) + 1], stop_early=True, intermediates_only=True, norm=True
+    )
     torch.testing.assert_close(second, levels[1])
     ended, last = model.forward_intermediates(x, indices=1)
     assert len(last) == 1 and torch.equal(last[0], ended)
     with pytest.raises(ValueError, match="output_fmt"):
         model.forward_intermediates(x, output_fmt="NLC")
     backbone = build(name, features_only=True).eval()
-    assert backbone.feature_info.channels() == info.channels() and backbone.feature_info.reduction() == info.reduction()
+    assert (
+        backbone.feature_info.channels() == info.channels()
+        and backbone.feature_info.reduction() == info.reduction()
+    )
     for output, level in zip(backbone(x), levels, strict=True):
         torch.testing.assert_close(output, level)
 
@@ -133,7 +160,9 @@ def test_gradient_checkpointing_changes_nothing(built):
     torch.testing.assert_close(model(images(name)), logits)
     model(images(name)).sum().backward()
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+        torch.testing.assert_close(
+            parameter.grad, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max())
+        )
 
 
 def test_layer_decay_orders_the_layers_and_spares_biases(built):
@@ -143,21 +172,30 @@ def test_layer_decay_orders_the_layers_and_spares_biases(built):
     assert {layers[key] for key in head} == {max(layers.values())}
     first = next(iter(dict(model.named_parameters())))
     assert layers[first] == 0 and len(set(layers.values())) > len(model.stage_names)
-    assert len(set(group_parameters(model, model.group_matcher(coarse=True), reverse=True).values())) == len(model.stage_names) + 1
+    assert (
+        len(set(group_parameters(model, model.group_matcher(coarse=True), reverse=True).values()))
+        == len(model.stage_names) + 1
+    )
     optimizer = create_optimizer_v2(model, opt="sgd", lr=0.1, weight_decay=0.1, layer_decay=0.5)
-    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    groups = {
+        id(parameter): group for group in optimizer.param_groups for parameter in group["params"]
+    }
     named = dict(model.named_parameters())
     scales = {key: groups[id(parameter)]["lr_scale"] for key, parameter in named.items()}
     assert all(scales[key] == 1 for key in head) and scales[first] == min(scales.values()) < 1
     for key, parameter in named.items():
-        assert (groups[id(parameter)]["weight_decay"] == 0) == (key.endswith("up_bias") or parameter.ndim == 1), key
+        assert (groups[id(parameter)]["weight_decay"] == 0) == (
+            key.endswith("up_bias") or parameter.ndim == 1
+        ), key
 
 
 @torch.no_grad()
 def test_other_inputs(built):
     name, model = built
     x = images(name)
-    torch.testing.assert_close(model(x.contiguous(memory_format=torch.channels_last)), model(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model(x.contiguous(memory_format=torch.channels_last)), model(x), rtol=1e-4, atol=1e-4
+    )
     channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     torch.testing.assert_close(channels_last(x), model(x), rtol=1e-4, atol=1e-4)
     assert model(torch.rand(1, 3, 2 * x.shape[2], x.shape[2] + 5)).shape == (1, 10)
@@ -179,14 +217,22 @@ def test_other_input_channels(name, channels):
 def test_device_and_type_of_the_parameters(name):
     model = build(name, device="meta", dtype=torch.float64)
     model.reset_classifier(3)
-    assert all(parameter.device.type == "meta" and parameter.dtype == torch.float64 for parameter in model.parameters())
+    assert all(
+        parameter.device.type == "meta" and parameter.dtype == torch.float64
+        for parameter in model.parameters()
+    )
     assert model(torch.empty(2, 3, 64, 64, device="meta", dtype=torch.float64)).shape == (2, 3)
-    assert build(name, dtype=torch.float64).eval()(images(name, dtype=torch.float64)).dtype == torch.float64
+    assert (
+        build(name, dtype=torch.float64).eval()(images(name, dtype=torch.float64)).dtype
+        == torch.float64
+    )
 
 
 @pytest.mark.parametrize("name", CODA)
 def test_options_arrive(name):
-    model = build(name, device="meta", temperature=7.0, logit_bias=-1.0, norm="l2", rank=3, coda_width=24)
+    model = build(
+        name, device="meta", temperature=7.0, logit_bias=-1.0, norm="l2", rank=3, coda_width=24
+    )
     daus = [model.get_submodule(key) for key in dau_names(model)]
     assert {dau.norm for dau in daus} == {"l2"} and min(dau.rank for dau in daus) <= 3
     assert (model.temperature, model.logit_bias, model.head.temperature) == (7.0, -1.0, 7.0)
@@ -209,13 +255,27 @@ def test_conv_stages_moves_the_junction(name, args):
 
 def test_s_and_l_are_those_of_the_official_code():
     for name, units, ranks, kernels, strides in (
-        ("coda_s", [16, 16, 32, 32, 32, 64, 64, 64, 10], [32, 32, *[64] * 7], [*[3] * 8, 1], [1, 1, 2, 1, 1, 2, 1, 1, 1]),
-        ("coda_l", [16, 32, 32, *[64] * 5, 100], [*[64] * 3, *[128] * 3, *[256] * 3], [7, *[3] * 8], [3, 1, 1, 2, 1, 1, 2, 1, 1]),
+        (
+            "coda_s",
+            [16, 16, 32, 32, 32, 64, 64, 64, 10],
+            [32, 32, *[64] * 7],
+            [*[3] * 8, 1],
+            [1, 1, 2, 1, 1, 2, 1, 1, 1],
+        ),
+        (
+            "coda_l",
+            [16, 32, 32, *[64] * 5, 100],
+            [*[64] * 3, *[128] * 3, *[256] * 3],
+            [7, *[3] * 8],
+            [3, 1, 1, 2, 1, 1, 2, 1, 1],
+        ),
     ):
         model = timm.create_model(name, device="meta")
         daus = [model.get_submodule(key) for key in dau_names(model)]
         assert [dau.out_channels for dau in daus] == units and [dau.rank for dau in daus] == ranks
-        assert [dau.kernel_size for dau in daus] == kernels and [dau.stride for dau in daus] == strides
+        assert [dau.kernel_size for dau in daus] == kernels and [
+            dau.stride for dau in daus
+        ] == strides
         assert [dau.padding for dau in daus] == [kernel // 2 for kernel in kernels]
     assert model.temperature == 100_000
 
@@ -230,8 +290,12 @@ def test_a_compiled_network_agrees():
 def test_feature_extraction_by_graph_sees_a_dau_as_one_node():
     model, x = build("coda_resnet20").eval(), images("coda_resnet20")
     leaves = dict(leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions())
-    graph = create_feature_extractor(model, ["stage3.1", "head.classifier"], tracer_kwargs=leaves)(x)
-    torch.testing.assert_close(graph["head.classifier"].sum((2, 3)) / model.temperature + model.logit_bias, model(x))
+    graph = create_feature_extractor(model, ["stage3.1", "head.classifier"], tracer_kwargs=leaves)(
+        x
+    )
+    torch.testing.assert_close(
+        graph["head.classifier"].sum((2, 3)) / model.temperature + model.logit_bias, model(x)
+    )
 
 
 def test_black_is_as_visible_as_white():

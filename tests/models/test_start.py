@@ -1,4 +1,6 @@
-"""Networks train from where they start: calm logits, gradients of like size at both ends, and 64 images learnt by heart."""
+"""Networks train from where they start: calm logits, gradients of like size at both ends, and 64
+images learnt by heart.
+"""
 
 import math
 import statistics
@@ -16,13 +18,18 @@ from pipeline.models.dau import DAUConv2d
 def parametric_layers(model):
     daus = [module for module in model.modules() if isinstance(module, DAUConv2d)]
     inside = {id(part) for dau in daus for part in dau.children()}
-    return [m for m in model.modules() if isinstance(m, DAUConv2d | nn.Conv2d) and id(m) not in inside]
+    return [
+        m for m in model.modules() if isinstance(m, DAUConv2d | nn.Conv2d) and id(m) not in inside
+    ]
 
 
 def sensitivity(layer):
-    """|dL/dtheta| |theta| of a layer: how much the loss feels a relative change of its weights, whatever their scale and number."""
+    """|dL/dtheta| |theta| of a layer: how much the loss feels a relative change of its weights,
+    whatever their scale and number.
+    """
     gradient, size = (
-        sum(float(t.square().sum()) for t in ts) for ts in zip(*[(p.grad, p.detach()) for p in layer.parameters()], strict=True)
+        sum(float(t.square().sum()) for t in ts)
+        for ts in zip(*[(p.grad, p.detach()) for p in layer.parameters()], strict=True)
     )
     return math.sqrt(gradient * size)
 
@@ -30,7 +37,9 @@ def sensitivity(layer):
 def first_to_last(name, args, seed=0):
     """Sensitivity of the first layer by that of the last, before training."""
     model = build(name, seed, **args)
-    loss = binary_cross_entropy_with_logits(model(images(name, batch=4)), torch.eye(10)[:4], reduction="sum")
+    loss = binary_cross_entropy_with_logits(
+        model(images(name, batch=4)), torch.eye(10)[:4], reduction="sum"
+    )
     loss.backward()
     first, *_, last = map(sensitivity, parametric_layers(model))
     return first / last
@@ -42,10 +51,17 @@ def test_first_and_last_layer_feel_gradients_of_like_size(name, args):
 
 
 @pytest.mark.parametrize("norm", ["l2", "wb"])
-@pytest.mark.parametrize(("name", "args"), [("coda_s", {}), ("coda_resnet20", {"conv_stages": 0}), ("coda_resnet18", {"conv_stages": 0})])
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [("coda_s", {}), ("coda_resnet20", {"conv_stages": 0}), ("coda_resnet18", {"conv_stages": 0})],
+)
 def test_first_and_last_layer_with_other_norms(name, args, norm):
     # with wb the ratio differs from one draw to the next by a factor of four
-    assert 0.01 < statistics.median(first_to_last(name, {**args, "norm": norm}, seed) for seed in range(3)) < 100
+    assert (
+        0.01
+        < statistics.median(first_to_last(name, {**args, "norm": norm}, seed) for seed in range(3))
+        < 100
+    )
 
 
 @torch.no_grad()
@@ -53,7 +69,8 @@ def test_first_and_last_layer_with_other_norms(name, args, norm):
 def test_untrained_logits_are_near_the_bias(name, args):
     model, x = build(name, **args), images(name)
     for scale in (1, 2):
-        logits = model(interpolate(x, scale_factor=scale, mode="bicubic").clamp(0, 1))  # batch statistics, as in training
+        # batch statistics, as in training
+        logits = model(interpolate(x, scale_factor=scale, mode="bicubic").clamp(0, 1))
         assert (logits - model.logit_bias).abs().max() < 1
     outputs = model.temperature * (logits - model.logit_bias)
     assert outputs.std() > 1e-3, "a signal that vanishes on its way cannot be trained"
@@ -75,14 +92,18 @@ def digits(size):
     ],
 )
 def test_64_real_images_are_learnt_by_heart(name, size, learning_rate, args):
-    """The temperature is scaled to the number of positions, as the outputs are bounded by the features' norm at each."""
+    """The temperature is scaled to the number of positions, as the outputs are bounded by the
+    features' norm at each.
+    """
     (x, y), model = digits(size), build(name, **args)
     targets = nn.functional.one_hot(y, 10).float()
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     generator = torch.Generator().manual_seed(0)
     for step in range(300):
         batch = torch.randperm(64, generator=generator)[:16]
-        loss = binary_cross_entropy_with_logits(model(x[batch]), targets[batch], reduction="sum") / 16
+        loss = (
+            binary_cross_entropy_with_logits(model(x[batch]), targets[batch], reduction="sum") / 16
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

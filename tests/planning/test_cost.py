@@ -16,11 +16,17 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 
 
 def test_counts_of_networks_that_are_counted_by_hand():
-    net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 5)).to("meta")
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 16, 5),
+    ).to("meta")
     counted = cost(net, (3, 8, 8))
     assert counted.parameters == 4 * 27 + 64 * 5 + 5
     assert counted.multiply_adds == 16 * 4 * 27 + 64 * 5
-    assert counted.activation_bytes == 4 * (3 * 64 + 4 * 16)  # the image, and the rectified map that both ReLU and Linear keep
+    # the image, and the rectified map that both ReLU and Linear keep
+    assert counted.activation_bytes == 4 * (3 * 64 + 4 * 16)
 
 
 def test_a_dau_costs_its_three_products():
@@ -34,7 +40,10 @@ def test_a_dau_costs_its_three_products():
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_default_hybrids_cost_at_most_half_as_much_again_as_their_resnet(name):
     defaults = timm.get_pretrained_cfg(name)
-    networks = [timm.create_model(each, num_classes=defaults.num_classes, device="meta") for each in (name, peer(name))]
+    networks = [
+        timm.create_model(each, num_classes=defaults.num_classes, device="meta")
+        for each in (name, peer(name))
+    ]
     hybrid, plain = (cost(network, defaults.input_size) for network in networks)
     assert hybrid.parameters <= 1.5 * plain.parameters
     assert hybrid.multiply_adds <= 1.5 * plain.multiply_adds
@@ -42,8 +51,14 @@ def test_default_hybrids_cost_at_most_half_as_much_again_as_their_resnet(name):
 
 def test_the_page_holds_the_commands_table(capsys):
     assert main(["models", "coda_resnet20"]) == 0
-    counted = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "coda_" in line]
-    written = [line.split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| `coda_resnet20` | ")]
+    counted = [
+        line.split(" | ") for line in capsys.readouterr().out.splitlines() if "coda_" in line
+    ]
+    written = [
+        line.split(" | ")
+        for line in PAGE.read_text().splitlines()
+        if line.startswith("| `coda_resnet20` | ")
+    ]
     assert len(counted) == len(written) == 4
     for now, then in zip(counted, written, strict=True):
         assert [cell.strip(" |") for cell in now] == [cell.strip(" |") for cell in then[:8]]

@@ -1,4 +1,6 @@
-"""``coda explain`` on real files: images, a folder with a broken one, a video; and a user's mistakes."""
+"""``coda explain`` on real files: images, a folder with a broken one, a video; and a user's
+mistakes.
+"""
 
 import cv2
 import numpy as np
@@ -19,7 +21,9 @@ NAMES = ["zero", "<b>one</b>", *(f"class {c}" for c in range(2, 10))]
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "export"
-    recipe = small_recipe(folder, model__name="coda_resnet20", model__args={"conv_stages": 1, "rank": 2})
+    recipe = small_recipe(
+        folder, model__name="coda_resnet20", model__args={"conv_stages": 1, "rank": 2}
+    )
     torch.manual_seed(0)
     export(build_model(recipe.model, 10), recipe, NAMES, folder)
     return folder
@@ -37,13 +41,36 @@ def test_a_folder_with_a_broken_image(exported, tmp_path, capsys):
     digit(4, 40).save(folder / "z.jpg")
     (folder / "broken.png").write_bytes((folder / "<i>a&b.png").read_bytes()[:50])
     (folder / "notes.txt").write_text("no image")
-    assert main(["explain", str(exported), str(folder), "--top-k", "2", "--layers", "--output", str(tmp_path / "out")]) == 0
+    assert (
+        main(
+            [
+                "explain",
+                str(exported),
+                str(folder),
+                "--top-k",
+                "2",
+                "--layers",
+                "--output",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
     captured = capsys.readouterr()
     assert captured.out.strip() == str(tmp_path / "out" / "index.html")
-    assert "left out" in captured.err and "broken.png" in captured.err and "notes.txt" not in captured.err
+    assert (
+        "left out" in captured.err
+        and "broken.png" in captured.err
+        and "notes.txt" not in captured.err
+    )
     page = (tmp_path / "out" / "index.html").read_text()
     assert page.count("<section>") == 2 and page.count("data:image/png;base64,") == 4
-    assert "&lt;i&gt;a&amp;b.png" in page and "<i>" not in page and "<b>" not in page and "broken.png" in page
+    assert (
+        "&lt;i&gt;a&amp;b.png" in page
+        and "<i>" not in page
+        and "<b>" not in page
+        and "broken.png" in page
+    )
     assert "http" not in page.replace("http-equiv", "")
 
 
@@ -53,11 +80,28 @@ def test_a_video(exported, tmp_path):
     for index in range(6):
         video.write(np.asarray(digit(index, 64)))
     video.release()
-    assert main(["explain", str(exported), str(path), "--class", "<b>one</b>", "--output", str(tmp_path / "out")]) == 0
+    assert (
+        main(
+            [
+                "explain",
+                str(exported),
+                str(path),
+                "--class",
+                "<b>one</b>",
+                "--output",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
     with Image.open(tmp_path / "out" / "video.gif") as moving:
         assert moving.n_frames == 6 and moving.size[0] == 2 * moving.size[1]
     page = (tmp_path / "out" / "index.html").read_text()
-    assert page.count("data:image/gif") == 1 and page.count("data:image/png") == 4 and "&lt;b&gt;one" in page
+    assert (
+        page.count("data:image/gif") == 1
+        and page.count("data:image/png") == 4
+        and "&lt;b&gt;one" in page
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,7 +124,10 @@ def test_mistakes_end_in_one_line(exported, tmp_path, capfd, name, content, opti
     elif content is not None:
         path.write_bytes(content)
     source = path.parent if "/" in name else path
-    assert main(["explain", str(exported), str(source), "--output", str(tmp_path / "out"), *options]) == 2
+    assert (
+        main(["explain", str(exported), str(source), "--output", str(tmp_path / "out"), *options])
+        == 2
+    )
     last = capfd.readouterr().err.strip().split("\n")[-1].split("\r")[-1]
     assert last.startswith("coda: ") and all(word in last for word in words), last
     assert not (tmp_path / "out").exists()
@@ -90,9 +137,12 @@ def test_the_model_sees_what_evaluation_shows(exported):
     """The stored pixels where they fit, else the central square less the margin."""
     explainer = Explainer(exported)
     small = explainer.view(digit(5))
-    assert small.shape == (3, 8, 8) and torch.equal((small * 255).round().byte()[0], torch.from_numpy(np.array(digit(5)))[..., 0])
+    assert small.shape == (3, 8, 8) and torch.equal(
+        (small * 255).round().byte()[0], torch.from_numpy(np.array(digit(5)))[..., 0]
+    )
     large = np.zeros((64, 100, 3), np.uint8)
-    large[4:60, 22:78] = 200  # the central 56 x 56 pixels, 7/8 of 64
+    # the central 56 x 56 pixels, 7/8 of 64
+    large[4:60, 22:78] = 200
     assert explainer.view(Image.fromarray(large)).min() > 0.77
     large[3:61, 21:79] = 0
     assert explainer.view(Image.fromarray(large)).max() == 0

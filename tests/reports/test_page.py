@@ -32,8 +32,14 @@ def test_a_page_of_nasty_names(tmp_path):
     text = (tmp_path / "page.html").read_text()
     page = Reader(text)
     assert text.count("<script") == 0 and "http://" not in text and "https://" not in text
-    assert page.text.count(NASTY) == 7  # title, heading, note, left out, section, class, caption
+    # title, heading, note, left out, section, class, caption
+    assert page.text.count(NASTY) == 7
     (image,) = [attributes for tag, attributes in page.tags if tag == "img"]
     assert image["alt"] == NASTY
-    assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) == (tmp_path / "a.png").read_bytes()
-    assert "default-src 'none'" in dict(page.tags)["meta"].get("content", "") and "0.250" in page.text
+    assert (
+        base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))
+        == (tmp_path / "a.png").read_bytes()
+    )
+    assert (
+        "default-src 'none'" in dict(page.tags)["meta"].get("content", "") and "0.250" in page.text
+    )

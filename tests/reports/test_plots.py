@@ -13,18 +13,27 @@ from sklearn.datasets import load_digits
 from pipeline.errors import UserError
 from pipeline.reports.plots import BACKGROUND, colour_rendering, contribution_sheet, depth_curves
 
-CURVES = {"resnet20": [(1.0, 0.1), (0.05, 0.9)], "coda_resnet20": [(0.0, 0.5), (0.2, 0.7), (1.0, 0.1)]}
+CURVES = {
+    "resnet20": [(1.0, 0.1), (0.05, 0.9)],
+    "coda_resnet20": [(0.0, 0.5), (0.2, 0.7), (1.0, 0.1)],
+}
 
 
 def digits() -> torch.Tensor:
-    return torch.tensor(load_digits().images[:2] / 16, dtype=torch.float32)[:, None].repeat(1, 3, 1, 1)
+    return torch.tensor(load_digits().images[:2] / 16, dtype=torch.float32)[:, None].repeat(
+        1, 3, 1, 1
+    )
 
 
 def shown_figure(monkeypatch: pytest.MonkeyPatch, draw) -> Figure:
     """The figure that ``draw`` saves."""
     saved: list[Figure] = []
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (saved.append(figure), save(figure, *args, **options)))
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda figure, *args, **options: (saved.append(figure), save(figure, *args, **options)),
+    )
     draw()
     return saved[0]
 
@@ -36,7 +45,9 @@ def test_sheet_shows_images_and_maps_on_a_symmetric_scale(tmp_path, monkeypatch)
     path = tmp_path / "new" / "sheet.png"
     figure = shown_figure(
         monkeypatch,
-        lambda: contribution_sheet(images, [signed, encoded], ["stage 3", "input"], path, row_titles=["class 0", "class 1"]),
+        lambda: contribution_sheet(
+            images, [signed, encoded], ["stage 3", "input"], path, row_titles=["class 0", "class 1"]
+        ),
     )
     assert imread(path).std() > 0.05
     assert [file.name for file in path.parent.iterdir()] == ["sheet.png"]
@@ -47,21 +58,30 @@ def test_sheet_shows_images_and_maps_on_a_symmetric_scale(tmp_path, monkeypatch)
     drawn = picture.get_array()
     assert (picture.norm.vmin, picture.norm.vmax) == (-1, 1)
     assert drawn[0, 0] == 1 and -1 < drawn[1, 1] < -0.4 and drawn[2, 2] == 0
-    assert axes[4].images[0].get_array()[2, 2] == 1  # each map has its own scale
+    # each map has its own scale
+    assert axes[4].images[0].get_array()[2, 2] == 1
     blue, white, red = (picture.cmap(picture.norm(value))[:3] for value in (-1, 0, 1))
     assert blue[2] > blue[0] and min(white) > 0.95 and red[0] > red[2]
 
 
 def test_sheet_without_contributions_at_all(tmp_path):
-    contribution_sheet(digits(), [torch.zeros(2, 8, 8), torch.zeros(2, 6, 8, 8)], ["map", "colour"], tmp_path / "zero.png")
+    contribution_sheet(
+        digits(),
+        [torch.zeros(2, 8, 8), torch.zeros(2, 6, 8, 8)],
+        ["map", "colour"],
+        tmp_path / "zero.png",
+    )
     assert (tmp_path / "zero.png").stat().st_size > 1000
 
 
 def test_colour_rendering_shows_what_contributes():
     contributions = torch.zeros(6, 2, 2)
-    contributions[:, 0, 0] = torch.tensor([1.0, 0, 0, 0, 1, 1])  # red
-    contributions[:, 0, 1] = torch.tensor([0.0, 0, 0, 1, 1, 1])  # black
-    contributions[:, 1, 0] = torch.tensor([1.0, 1, 1, -4, 0, 0])  # against the class in sum
+    # red
+    contributions[:, 0, 0] = torch.tensor([1.0, 0, 0, 0, 1, 1])
+    # black
+    contributions[:, 0, 1] = torch.tensor([0.0, 0, 0, 1, 1, 1])
+    # against the class in sum
+    contributions[:, 1, 0] = torch.tensor([1.0, 1, 1, -4, 0, 0])
     picture = colour_rendering(contributions)
     assert picture.shape == (3, 2, 2)
     assert picture[:, 0, 0].tolist() == [1, 0, 0]
@@ -77,7 +97,9 @@ def test_strength_is_opacity():
 
 
 def test_depth_curves_show_points_threshold_and_chance(tmp_path, monkeypatch):
-    figure = shown_figure(monkeypatch, lambda: depth_curves(CURVES, 1 / 9, tmp_path / "depth.png", threshold=0.6))
+    figure = shown_figure(
+        monkeypatch, lambda: depth_curves(CURVES, 1 / 9, tmp_path / "depth.png", threshold=0.6)
+    )
     axis = figure.axes[0]
     lines = {line.get_label(): line for line in axis.lines}
     assert list(lines) == ["resnet20", "coda_resnet20", "threshold 0.6", "chance 0.111"]
@@ -93,9 +115,12 @@ def test_full_disk_leaves_the_old_picture(tmp_path):
     path = tmp_path / "depth.png"
     depth_curves(CURVES, 1 / 9, path)
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # bytes in a file; the picture needs more
+    # bytes in a file; the picture needs more
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"cannot write the picture .*depth\.png: File too large"):
+        with pytest.raises(
+            UserError, match=r"cannot write the picture .*depth\.png: File too large"
+        ):
             depth_curves(CURVES, 1 / 9, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -111,7 +136,11 @@ def test_bad_paths_are_the_users_mistake(tmp_path):
 
 
 def test_mismatched_columns(tmp_path):
-    for maps, titles, rows in (([torch.zeros(3, 4, 4)], ["map"], []), ([], ["map"], []), ([], [], ["one"])):
+    for maps, titles, rows in (
+        ([torch.zeros(3, 4, 4)], ["map"], []),
+        ([], ["map"], []),
+        ([], [], ["one"]),
+    ):
         with pytest.raises(ValueError, match="a sheet of 2 images"):
             contribution_sheet(digits(), maps, titles, tmp_path / "x.png", row_titles=rows)
 

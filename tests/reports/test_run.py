@@ -1,4 +1,6 @@
-"""A second evaluation computes nothing, an interrupted one goes on, and what decides a result decides whether it is used."""
+"""A second evaluation computes nothing, an interrupted one goes on, and what decides a result
+decides whether it is used.
+"""
 
 import csv
 import json
@@ -17,13 +19,23 @@ from pipeline.models.create import build_model
 from pipeline.recipe.load import load_stored
 from pipeline.reports.run import EVALUATION, applicable_methods, conclude
 
-SMALL = {"grid_size": 2, "grids": 3, "removal_images": 4, "alignment_images": 5, "completeness_images": 5, "batch_size": 100}
-ARGS = {"rank": 2, "temperature": 1.0, "logit_bias": 1.0}  # so that an untrained network is confident now and then
+SMALL = {
+    "grid_size": 2,
+    "grids": 3,
+    "removal_images": 4,
+    "alignment_images": 5,
+    "completeness_images": 5,
+    "batch_size": 100,
+}
+# so that an untrained network is confident now and then
+ARGS = {"rank": 2, "temperature": 1.0, "logit_bias": 1.0}
 
 
 def changed(recipe_folder, metrics, **evaluation):
     asked = {**SMALL, "final_metrics": list(metrics), **evaluation}
-    return load_stored(recipe_folder, [f"evaluation.{key}={json.dumps(value)}" for key, value in asked.items()])
+    return load_stored(
+        recipe_folder, [f"evaluation.{key}={json.dumps(value)}" for key, value in asked.items()]
+    )
 
 
 @pytest.fixture
@@ -55,15 +67,27 @@ def test_nothing_is_computed_twice_and_everything_stays_known(exported, computed
     first = conclude(exported, recipe, World())
     assert len(computed) == 6
     files = {path: path.stat().st_mtime_ns for path in exported.rglob("*") if path.is_file()}
-    assert {"evaluation.json", "pixel_removal.csv", "alignment.pdf", "localisation.png", "methods.png"} <= {path.name for path in files}
+    assert {
+        "evaluation.json",
+        "pixel_removal.csv",
+        "alignment.pdf",
+        "localisation.png",
+        "methods.png",
+    } <= {path.name for path in files}
     again = conclude(exported, recipe, World())
     assert len(computed) == 6 and again == first
-    assert {path: path.stat().st_mtime_ns for path in exported.rglob("*") if path.is_file()} == files
+    assert {
+        path: path.stat().st_mtime_ns for path in exported.rglob("*") if path.is_file()
+    } == files
     less = conclude(exported, changed(exported, ["completeness"]), World())
     assert computed[6:] == [("completeness", "contributions")]
-    assert set(less.values) == set(first.values) | {"interp/completeness_error"}  # evaluation.json keeps what is known
+    # evaluation.json keeps what is known
+    assert set(less.values) == set(first.values) | {"interp/completeness_error"}
     rows = list(csv.DictReader((exported / "tables" / "pixel_removal.csv").open()))
-    assert len(rows) == 2 * 2 * 17 and {row["method"] for row in rows} == {"contributions", "gradcam"}
+    assert len(rows) == 2 * 2 * 17 and {row["method"] for row in rows} == {
+        "contributions",
+        "gradcam",
+    }
 
 
 def test_an_interrupted_evaluation_continues(exported, computed, monkeypatch):
@@ -84,11 +108,17 @@ def test_an_interrupted_evaluation_continues(exported, computed, monkeypatch):
 
 def test_settings_weights_and_images_decide(exported, computed, prepared, tmp_path):
     conclude(exported, changed(exported, ["completeness"]), World())
-    conclude(exported, changed(exported, ["completeness"], completeness_images=6, grids=1, every_epochs=3), World())
-    assert len(computed) == 2  # its own setting counts, those of others do not
+    conclude(
+        exported,
+        changed(exported, ["completeness"], completeness_images=6, grids=1, every_epochs=3),
+        World(),
+    )
+    # its own setting counts, those of others do not
+    assert len(computed) == 2
     other = small_recipe(prepared, model__args={**ARGS, "temperature": 2.0})
     torch.manual_seed(1)
-    export(build_model(other.model, 10), other, [str(c) for c in range(10)], tmp_path / "other")  # the same weights at another T
+    # the same weights at another T
+    export(build_model(other.model, 10), other, [str(c) for c in range(10)], tmp_path / "other")
     shutil.copytree(exported / "results", tmp_path / "other" / "results")
     conclude(tmp_path / "other", changed(tmp_path / "other", ["completeness"]), World())
     assert len(computed) == 3
@@ -96,9 +126,17 @@ def test_settings_weights_and_images_decide(exported, computed, prepared, tmp_pa
     shutil.copytree(prepared / "data", data)
     beton = next(data.rglob("val.beton"))
     pixels = bytearray(beton.read_bytes())
-    pixels[len(pixels) // 2] ^= 255  # among the images, which no table covers
+    # among the images, which no table covers
+    pixels[len(pixels) // 2] ^= 255
     beton.write_bytes(pixels)
-    moved = load_stored(exported, [f"data.prepared={data}", "evaluation.final_metrics=[completeness]", "evaluation.completeness_images=5"])
+    moved = load_stored(
+        exported,
+        [
+            f"data.prepared={data}",
+            "evaluation.final_metrics=[completeness]",
+            "evaluation.completeness_images=5",
+        ],
+    )
     conclude(exported, moved, World())
     assert len(computed) == 4
 
@@ -114,18 +152,32 @@ def test_methods_that_do_not_apply(exported):
 def test_the_command_line_evaluates_into_the_same_run(prepared, tmp_path, capsys):
     from pipeline.tracking.sender import mlflow_client
 
-    recipe = small_recipe(tmp_path, data__prepared=str(prepared / "data"), training__epochs=1, model__args=ARGS)
+    recipe = small_recipe(
+        tmp_path, data__prepared=str(prepared / "data"), training__epochs=1, model__args=ARGS
+    )
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe.to_dict()))
     assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
-    run, settings = str(recipe.folder), [f"evaluation.{key}={value}" for key, value in SMALL.items()]
+    run, settings = (
+        str(recipe.folder),
+        [f"evaluation.{key}={value}" for key, value in SMALL.items()],
+    )
     before = (recipe.folder / "run_id").read_text()
-    assert main(["evaluate", run, "--metrics", "all", "--methods", "contributions,gradient", *settings]) == 0
+    assert (
+        main(
+            ["evaluate", run, "--metrics", "all", "--methods", "contributions,gradient", *settings]
+        )
+        == 0
+    )
     client = mlflow_client(recipe.tracking_uri)
     mlflow_run = client.get_run(before)
     values = json.loads((recipe.folder / EVALUATION).read_text())["values"]
     assert mlflow_run.info.status == "FINISHED" and "interp/gradient/pixel_removal_most" in values
     assert {name: mlflow_run.data.metrics[name] for name in values} == pytest.approx(values)
-    assert [run.info.run_id for run in client.search_runs([mlflow_run.info.experiment_id])] == [before]
-    assert "tables/pixel_removal.csv" in [item.path for item in client.list_artifacts(before, "tables")]
+    assert [run.info.run_id for run in client.search_runs([mlflow_run.info.experiment_id])] == [
+        before
+    ]
+    assert "tables/pixel_removal.csv" in [
+        item.path for item in client.list_artifacts(before, "tables")
+    ]
     assert main(["evaluate", run, "--methods", "gradients"]) == 2
     assert "evaluation.methods is 'gradients'; valid: contributions" in capsys.readouterr().err

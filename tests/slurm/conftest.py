@@ -12,7 +12,8 @@ from local_slurm import MISSING, LocalSlurm
 def slurm():
     if MISSING:
         pytest.skip(f"{', '.join(MISSING)} not found: apt-get install slurm-wlm munge")
-    folder = Path(tempfile.mkdtemp(prefix="coda-"))  # pytest's own folders have names too long for sockets
+    # pytest's own folders have names too long for sockets
+    folder = Path(tempfile.mkdtemp(prefix="coda-"))
     with LocalSlurm(folder) as cluster:
         yield cluster
     shutil.rmtree(folder)

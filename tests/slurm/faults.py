@@ -1,7 +1,9 @@
-"""The fault campaign: a training under Slurm is hit again and again, and must end as if nothing had happened.
+"""The fault campaign: a training under Slurm is hit again and again, and must end as if nothing had
+happened.
 
-``python tests/slurm/faults.py [--events 60] [--seed 0]`` runs it as root (``make faults``) and prints its table. Every event strikes
-after the attempt has saved something new, at a random update, on a random process or node; "start-up" strikes before its first update.
+``python tests/slurm/faults.py [--events 60] [--seed 0]`` runs it as root (``make faults``) and
+prints its table. Every event strikes after the attempt has saved something new, at a random update,
+on a random process or node; "start-up" strikes before its first update.
 """
 
 import argparse
@@ -30,10 +32,13 @@ from pipeline.recipe.schema import Recipe
 
 ONE_PROCESS_A_NODE = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 UPDATES_AN_EPOCH, EPOCHS_AN_EVALUATION = 11, 4
-UPDATES_BETWEEN = 14  # updates from one event to the next, at most
-UPDATES_AN_EVENT, UPDATES_AT_A_TIME_LIMIT = 20, 240  # that a training does until an event has ended it, ample on average
+# updates from one event to the next, at most
+UPDATES_BETWEEN = 14
+# that a training does until an event has ended it, ample on average
+UPDATES_AN_EVENT, UPDATES_AT_A_TIME_LIMIT = 20, 240
 
-TIMEOUT_SECONDS = 30  # for which a process waits for the other
+# for which a process waits for the other
+TIMEOUT_SECONDS = 30
 
 
 @dataclass
@@ -44,7 +49,8 @@ class Training:
     recipe: Recipe
     job: Job
     random: random.Random
-    disk: Path  # holds the run folder
+    disk: Path
+    """Holds the run folder."""
 
     @property
     def saved(self) -> int:
@@ -57,12 +63,21 @@ class Training:
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 words = (folder / "cmdline").read_bytes().split(b"\0")
-                environment = dict(entry.partition("=")[::2] for entry in (folder / "environ").read_text().split("\0"))
+                environment = dict(
+                    entry.partition("=")[::2]
+                    for entry in (folder / "environ").read_text().split("\0")
+                )
                 parent = Path(f"/proc/{_parent(int(folder.name))}/cmdline").read_bytes()
             except (OSError, UnicodeDecodeError):
-                continue  # gone, or none of ours
-            ours = b"pipeline" in words and environment.get("SLURM_JOB_ID") == self.job.number and "SLURM_STEP_ID" in environment
-            if ours and b"slurmstepd" in parent:  # not a process of the process
+                # gone, or none of ours
+                continue
+            ours = (
+                b"pipeline" in words
+                and environment.get("SLURM_JOB_ID") == self.job.number
+                and "SLURM_STEP_ID" in environment
+            )
+            # not a process of the process
+            if ours and b"slurmstepd" in parent:
                 found[int(environment["SLURM_PROCID"])] = int(folder.name)
         return found
 
@@ -83,7 +98,8 @@ def _parent(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-# An event strikes, yields until the attempt is over, and repairs what a person or the machine's owner would repair: nothing of the job.
+# An event strikes, yields until the attempt is over, and repairs what a person or the machine's
+# owner would repair: nothing of the job.
 
 
 def kill_rank(training: Training) -> Iterator[None]:
@@ -92,13 +108,17 @@ def kill_rank(training: Training) -> Iterator[None]:
 
 
 def interrupt_rank(training: Training) -> Iterator[None]:
-    """One process ends by itself with an exception; the others learn nothing of it but the loss of their connection."""
+    """One process ends by itself with an exception; the others learn nothing of it but the loss of
+    their connection.
+    """
     os.kill(training.one(), signal.SIGINT)
     yield
 
 
 def kill_slurmstepd(training: Training) -> Iterator[None]:
-    """A process and Slurm's daemon over it; without that one alone, the process and its training would simply go on."""
+    """A process and Slurm's daemon over it; without that one alone, the process and its training
+    would simply go on.
+    """
     process = training.one()
     for number in (_parent(process), process):
         os.kill(number, signal.SIGKILL)
@@ -106,26 +126,35 @@ def kill_slurmstepd(training: Training) -> Iterator[None]:
 
 
 def kill_node(training: Training) -> Iterator[None]:
-    """All of a node's processes at once, as when its power fails; it comes back when Slurm has noticed."""
+    """All of a node's processes at once, as when its power fails; it comes back when Slurm has
+    noticed.
+    """
     node = f"n{training.random.randint(1, 2)}"
     training.slurm.cluster("kill-node", node)
     yield
-    training.job.wait(lambda: "DOWN" in training.slurm.run("scontrol", "show", "node", node), "a node that is down")
+    training.job.wait(
+        lambda: "DOWN" in training.slurm.run("scontrol", "show", "node", node),
+        "a node that is down",
+    )
     training.slurm.cluster("start-node", node)
 
 
 def cut_link(training: Training) -> Iterator[None]:
     """The network of a node, until Slurm has given it up.
 
-    Slurm takes a node back at its first answer and starts the job there at once. Where the job's script ran, it would find the old
-    one, which could not report its end, drain the node and hold the job: the node's owner restarts that node first.
+    Slurm takes a node back at its first answer and starts the job there at once. Where the job's
+    script ran, it would find the old one, which could not report its end, drain the node and hold
+    the job: the node's owner restarts that node first.
     """
     node = f"n{training.random.randint(1, 2)}"
     restarted = node == training.job.field("BatchHost")
     training.slurm.cluster("cut", node)
     try:
         yield
-        training.job.wait(lambda: "DOWN" in training.slurm.run("scontrol", "show", "node", node), "a node that is down")
+        training.job.wait(
+            lambda: "DOWN" in training.slurm.run("scontrol", "show", "node", node),
+            "a node that is down",
+        )
         if restarted:
             training.slurm.cluster("kill-node", node)
     finally:
@@ -135,12 +164,18 @@ def cut_link(training: Training) -> Iterator[None]:
 
 
 def stop_rank(training: Training) -> Iterator[None]:
-    """Both processes must say where they stood: the one that waits in vain at once, the stopped one when Slurm wakes it to end it."""
+    """Both processes must say where they stood: the one that waits in vain at once, the stopped one
+    when Slurm wakes it to end it.
+    """
     attempt = training.job.restarts
     os.kill(training.one(), signal.SIGSTOP)
     yield
     for rank in range(2):
-        stacks = training.recipe.folder / "stacks" / f"slurm-{training.job.number}.{attempt}-rank-{rank}.txt"
+        stacks = (
+            training.recipe.folder
+            / "stacks"
+            / f"slurm-{training.job.number}.{attempt}-rank-{rank}.txt"
+        )
         assert "most recent call first" in stacks.read_text(), stacks
 
 
@@ -165,7 +200,9 @@ def ask_during_evaluation(training: Training) -> Iterator[None]:
     """Right after the checkpoint of an epoch, which the evaluation follows."""
     process, saved = training.one(), training.saved
     every = UPDATES_AN_EPOCH * EPOCHS_AN_EVALUATION
-    training.job.wait(lambda: training.saved > saved and not training.saved % every, "an evaluation", every=0.001)
+    training.job.wait(
+        lambda: training.saved > saved and not training.saved % every, "an evaluation", every=0.001
+    )
     os.kill(process, signal.SIGUSR1)
     yield
 
@@ -178,7 +215,9 @@ def reach_time_limit(training: Training) -> Iterator[None]:
 
 
 def preempt(training: Training) -> Iterator[None]:
-    job = training.slurm.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
+    job = training.slurm.submit(
+        "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"
+    )
     yield
     job.wait_for_end()
 
@@ -220,8 +259,14 @@ EVENTS: dict[str, Callable[[Training], Iterator[None]]] = {
     "SIGKILL during a save": kill_during_save,
     "full disk": fill_disk,
 }
-STRIKES_NODES = {"SIGKILL of a node", "link cut", "preemption"}  # and so all jobs
-ENDS_WITHIN = {"SIGKILL of a process": 15, "exception in a process": 15, "SIGKILL during a save": 15}  # seconds
+# and so all jobs
+STRIKES_NODES = {"SIGKILL of a node", "link cut", "preemption"}
+# seconds
+ENDS_WITHIN = {
+    "SIGKILL of a process": 15,
+    "exception in a process": 15,
+    "SIGKILL during a save": 15,
+}
 
 
 @contextmanager
@@ -244,7 +289,9 @@ def start(slurm: LocalSlurm, recipe: Recipe, generator: random.Random, disk: Pat
 
 
 def strike(training: Training, name: str) -> tuple[float, float]:
-    """Let one event happen; seconds from it to the end of all processes of the attempt, and to those of the next."""
+    """Let one event happen; seconds from it to the end of all processes of the attempt, and to
+    those of the next.
+    """
     job, restarts = training.job, training.job.restarts
     if name.endswith("in start-up"):
         job.wait(lambda: len(training.processes()) == 2, "two processes")
@@ -266,8 +313,12 @@ def weights(recipe: Recipe) -> bytes:
 
 def metrics(recipe: Recipe) -> list[tuple[str, int, float]]:
     """All entries of the journal but those that a clock decides."""
-    lines = [json.loads(line) for line in (recipe.folder / "journal.jsonl").read_text().splitlines()]
-    found = [(line["key"], line["step"], line["value"]) for line in lines if line["kind"] == "metric"]
+    lines = [
+        json.loads(line) for line in (recipe.folder / "journal.jsonl").read_text().splitlines()
+    ]
+    found = [
+        (line["key"], line["step"], line["value"]) for line in lines if line["kind"] == "metric"
+    ]
     return sorted(entry for entry in found if not entry[0].startswith("speed/"))
 
 
@@ -275,9 +326,15 @@ def tracked(recipe: Recipe) -> list[tuple[str, int, float]]:
     """The same of MLflow's one run of that name."""
     client = mlflow.MlflowClient(recipe.tracking_uri)
     experiment = client.get_experiment_by_name(recipe.tracking.experiment)
-    (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{recipe.name}'")
+    (run,) = client.search_runs(
+        [experiment.experiment_id], f"attributes.run_name = '{recipe.name}'"
+    )
     names = [name for name in run.data.metrics if not name.startswith("speed/")]
-    return sorted((name, point.step, point.value) for name in names for point in client.get_metric_history(run.info.run_id, name))
+    return sorted(
+        (name, point.step, point.value)
+        for name in names
+        for point in client.get_metric_history(run.info.run_id, name)
+    )
 
 
 def campaign(
@@ -292,7 +349,9 @@ def campaign(
         AssertionError: the two do not end with the same weights and metrics, or one does not end.
     """
     folder = slurm.submit_folder
-    updates = sum(UPDATES_AT_A_TIME_LIMIT if name == "time limit" else UPDATES_AN_EVENT for name in names)
+    updates = sum(
+        UPDATES_AT_A_TIME_LIMIT if name == "time limit" else UPDATES_AN_EVENT for name in names
+    )
     table = []
 
     def begin(name: str, disk: Path) -> Training:
@@ -312,12 +371,16 @@ def campaign(
     for name in tqdm(names, desc="faults"):
         ended, resumed = strike(training, name)
         table.append((name, ended, resumed))
-        tqdm.write(f"{name}: ended after {ended:.1f} s, next attempt after {resumed:.0f} s, saved update {training.saved}")
+        tqdm.write(
+            f"{name}: ended after {ended:.1f} s, next attempt after {resumed:.0f} s, saved update {training.saved}"
+        )
     for job in (whole.job, training.job):
         job.wait_for_end(1800)
         assert job.state == "COMPLETED", job.reports()
     assert weights(whole.recipe) == weights(training.recipe), "other weights"
-    assert metrics(whole.recipe) == metrics(training.recipe) == tracked(training.recipe), "other metrics"
+    assert metrics(whole.recipe) == metrics(training.recipe) == tracked(training.recipe), (
+        "other metrics"
+    )
     assert training.job.restarts >= len(names)
     return table
 
@@ -332,26 +395,42 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the cluster, too
+    # stops the cluster, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     generator = random.Random(options.seed)
-    names = [name for _ in range(-(-options.events // len(EVENTS))) for name in generator.sample(list(EVENTS), len(EVENTS))]
+    names = [
+        name
+        for _ in range(-(-options.events // len(EVENTS)))
+        for name in generator.sample(list(EVENTS), len(EVENTS))
+    ]
     with tempfile.TemporaryDirectory(prefix="coda-faults-") as folder:
         prepared = Path(folder) / "prepared"
         prepare(small_recipe(prepared))
 
         def recipe_of(**changes: object) -> Recipe:
-            return small_recipe(prepared, model__name="coda_resnet20", model__args={"rank": 2}, **changes)
+            return small_recipe(
+                prepared, model__name="coda_resnet20", model__args={"rank": 2}, **changes
+            )
 
         # The disk comes first: a node with a network of its own also has the mounts of its start.
-        with small_disk(Path(folder) / "disk") as disk, LocalSlurm(Path(folder), networks=True) as slurm:
+        with (
+            small_disk(Path(folder) / "disk") as disk,
+            LocalSlurm(Path(folder), networks=True) as slurm,
+        ):
             table = campaign(slurm, recipe_of, names[: options.events], options.seed, disk)
-    print("| event | times | longest until all processes have ended, s | longest until those of the next attempt run, s |")
+    print(
+        "| event | times | longest until all processes have ended, s | longest until those of the next attempt run, s |"
+    )
     print("|---|---|---|---|")
     for name in EVENTS:
         rows = [row for row in table if row[0] == name]
         if rows:
-            print(f"| {name} | {len(rows)} | {max(row[1] for row in rows):.1f} | {max(row[2] for row in rows):.0f} |")
-    print(f"{len(table)} events: weights bitwise equal to the uninterrupted run's, every metric once")
+            print(
+                f"| {name} | {len(rows)} | {max(row[1] for row in rows):.1f} | {max(row[2] for row in rows):.0f} |"
+            )
+    print(
+        f"{len(table)} events: weights bitwise equal to the uninterrupted run's, every metric once"
+    )
     if late(table):
         sys.exit(f"ended too late: {late(table)}")
 

@@ -11,17 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-MISSING = [name for name in ("munged", "slurmctld", "slurmd", "srun") if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")]
+MISSING = [
+    name
+    for name in ("munged", "slurmctld", "slurmd", "srun")
+    if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
+]
 
 
 class LocalSlurm:
-    """The cluster in ``folder``, which must have a short path; ``with LocalSlurm(folder) as slurm`` starts and stops it.
+    """The cluster in ``folder``, which must have a short path; ``with LocalSlurm(folder) as slurm``
+    starts and stops it.
 
-    Jobs are submitted from ``folder``/submit, which stands for the project's root. With ``networks`` each node has its own, and cannot
-    write in the folder ``read_only``.
+    Jobs are submitted from ``folder``/submit, which stands for the project's root. With
+    ``networks`` each node has its own, and cannot write in the folder ``read_only``.
     """
 
-    def __init__(self, folder: Path, *, networks: bool = False, read_only: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, networks: bool = False, read_only: Path | None = None
+    ) -> None:
         self.options = ["--networks"] if networks else []
         self.submit_folder = folder / "submit"
         self.submit_folder.mkdir(parents=True)
@@ -31,7 +38,11 @@ class LocalSlurm:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.folder = folder / "slurm"
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "CODA_"))} | {
+        self.environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM_", "SBATCH_", "CODA_"))
+        } | {
             "CODA_LOCAL_CLUSTER": str(self.folder),
             "CODA_LOCAL_CLUSTER_PORT": str(port),
             "CODA_LOCAL_CLUSTER_READ_ONLY": str(read_only or ""),
@@ -46,7 +57,8 @@ class LocalSlurm:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.folder.exists():  # a test may have stopped it
+        # a test may have stopped it
+        if self.folder.exists():
             self.cluster("stop")
 
     def cluster(self, *words: str) -> str:
@@ -54,7 +66,14 @@ class LocalSlurm:
 
     def run(self, *command: str) -> str:
         """Standard output of a command; its error output is shown if it fails."""
-        done = subprocess.run(command, env=self.environment, cwd=self.submit_folder, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command,
+            env=self.environment,
+            cwd=self.submit_folder,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -86,13 +105,17 @@ class Job:
     def reports(self) -> str:
         """What all processes of all attempts have reported, for people."""
         logs = sorted((self.slurm.submit_folder / "logs" / self.number).rglob("rank-*.log"))
-        return self.log + "".join(f"--- {path}\n{path.read_text(errors='replace')[-3000:]}" for path in logs)
+        return self.log + "".join(
+            f"--- {path}\n{path.read_text(errors='replace')[-3000:]}" for path in logs
+        )
 
     def field(self, name: str) -> str:
         shown = self.slurm.run("scontrol", "--oneliner", "show", "job", self.number).split()
         return next(word.partition("=")[2] for word in shown if word.startswith(f"{name}="))
 
-    def wait(self, reached: Callable[[], bool], what: str, seconds: float = 300, every: float = 0.5) -> None:
+    def wait(
+        self, reached: Callable[[], bool], what: str, seconds: float = 300, every: float = 0.5
+    ) -> None:
         """Until ``reached``; fails if that takes too long, or if the job is over before."""
         deadline = time.monotonic() + seconds
         checked = time.monotonic()
@@ -102,11 +125,19 @@ class Job:
             if now > checked + 2:
                 checked = now
                 over = self.state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-                assert not over or reached(), f"job {self.number} is {self.state} before {what}\n{self.reports()}"
-            assert now < deadline, f"{seconds} s without {what}: job {self.number} is {self.state}\n{self.reports()}"
+                assert not over or reached(), (
+                    f"job {self.number} is {self.state} before {what}\n{self.reports()}"
+                )
+            assert now < deadline, (
+                f"{seconds} s without {what}: job {self.number} is {self.state}\n{self.reports()}"
+            )
 
     def wait_for_end(self, seconds: float = 300) -> None:
-        self.wait(lambda: self.state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), "its end", seconds)
+        self.wait(
+            lambda: self.state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"),
+            "its end",
+            seconds,
+        )
 
 
 PROGRAM = """#!/usr/bin/env python3
@@ -130,7 +161,9 @@ SMALL = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-ta
 
 
 def stand_in(slurm: LocalSlurm, program: str, *, fails_first: str = "", **values: object) -> None:
-    """Let jobs run PROGRAM; where it is called with the word ``fails_first``, its first attempt dies."""
+    """Let jobs run PROGRAM; where it is called with the word ``fails_first``, its first attempt
+    dies.
+    """
     program_file = slurm.submit_folder / f"{program}.py"
     program_file.write_text(PROGRAM.format(fails_first=fails_first, **values))
     program_file.chmod(0o755)
@@ -145,6 +178,12 @@ def job_of(slurm: LocalSlurm, program: str, **values: object) -> Job:
 def common(call: str, folder: Path, **environment: str) -> str:
     """Standard output of a function of slurm/common.sh."""
     script = f"source {ROOT}/slurm/common.sh; {call}"
-    done = subprocess.run(["bash", "-uc", script], cwd=folder, env={"PATH": "/usr/bin:/bin", **environment}, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-uc", script],
+        cwd=folder,
+        env={"PATH": "/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+    )
     assert not done.stderr
     return done.stdout.strip()

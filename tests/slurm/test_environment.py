@@ -1,4 +1,6 @@
-"""What a job does where its site file, its interpreter or its environment is broken, and that it needs no home and no network."""
+"""What a job does where its site file, its interpreter or its environment is broken, and that it
+needs no home and no network.
+"""
 
 import importlib
 import os
@@ -18,7 +20,13 @@ READ = f"set -uo pipefail; source {ROOT}/slurm/common.sh; site=site.sh; read_sit
 def read_site(folder, text):
     (folder / "nested.sh").write_text("false\ntrue\n")
     (folder / "site.sh").write_text(text)
-    return subprocess.run(["bash", "-c", READ], cwd=folder, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    return subprocess.run(
+        ["bash", "-c", READ],
+        cwd=folder,
+        env={"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -36,7 +44,8 @@ def read_site(folder, text):
 def test_a_site_file_may_use_unset_variables_and_test_for_failures(tmp_path, text):
     done = read_site(tmp_path, text)
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.fullmatch(r"read\n[^e ]*u[^e ]* pipefail\s+on\n", done.stdout)  # the options of the job script are back
+    # the options of the job script are back
+    assert re.fullmatch(r"read\n[^e ]*u[^e ]* pipefail\s+on\n", done.stdout)
 
 
 def test_a_site_file_may_leave_work_for_the_end_of_the_job(tmp_path):
@@ -47,7 +56,10 @@ def test_a_site_file_may_leave_work_for_the_end_of_the_job(tmp_path):
     ("text", "failure"),
     [
         ("true\n  grep -q x /dev/null\ntrue", "line 2 failed with code 1: grep -q x /dev/null"),
-        ("module() { return 4; }\nmodule load cuda/99\n:", "line 2 failed with code 4: module load cuda/99"),
+        (
+            "module() { return 4; }\nmodule load cuda/99\n:",
+            "line 2 failed with code 4: module load cuda/99",
+        ),
         ("modul load cuda/99\n:", "line 1 failed with code 127: modul load cuda/99"),
         ("source missing.sh\n:", "line 1 failed with code 1: source missing.sh"),
         ("cuda=$(false)\n:", "line 1 failed with code 1: cuda=$(false)"),
@@ -65,7 +77,10 @@ def test_a_site_file_that_fails_ends_the_job(tmp_path, text, failure):
     done = read_site(tmp_path, text)
     assert done.returncode == 2
     pattern = failure if "[12]" in failure else re.escape(failure)
-    assert re.fullmatch(rf"coda: site\.sh {pattern} \(where a failure does not matter: command \|\| true\)\n", done.stdout)
+    assert re.fullmatch(
+        rf"coda: site\.sh {pattern} \(where a failure does not matter: command \|\| true\)\n",
+        done.stdout,
+    )
 
 
 @pytest.mark.parametrize("command", ["train", "prepare", "evaluate"])
@@ -79,7 +94,9 @@ def submit_from(slurm, name, site):
     shutil.copytree(ROOT / "slurm", folder / "slurm")
     (folder / "slurm" / "clusters" / "local.sh").write_text(site)
     output = f"--output={slurm.submit_folder}/coda-%j.out"
-    number = slurm.run("env", "-C", str(folder), "sbatch", "--parsable", output, *SMALL, "slurm/imagenet_coda.sh").strip()
+    number = slurm.run(
+        "env", "-C", str(folder), "sbatch", "--parsable", output, *SMALL, "slurm/imagenet_coda.sh"
+    ).strip()
     job = Job(slurm, number)
     job.wait_for_end(60)
     return job, folder / "logs" / number / "0"
@@ -89,7 +106,9 @@ def submit_from(slurm, name, site):
 def test_a_job_whose_site_file_fails_says_so_and_ends(slurm):
     job, logs = submit_from(slurm, "site-fails", "module() { return 1; }\nmodule load cuda/99\n")
     assert (job.state, job.restarts) == ("FAILED", 0)
-    assert job.log.startswith("coda: slurm/clusters/local.sh line 2 failed with code 1: module load cuda/99 (")
+    assert job.log.startswith(
+        "coda: slurm/clusters/local.sh line 2 failed with code 1: module load cuda/99 ("
+    )
     assert job.log.count("\n") == 1 and not logs.exists()
 
 
@@ -137,9 +156,13 @@ fi
 
 
 def broken_interpreter(slurm, folder, *, broken="true", well=""):
-    (folder / "torch.py").write_text('raise ImportError("libcudart.so.12: cannot open shared object file")\n')
+    (folder / "torch.py").write_text(
+        'raise ImportError("libcudart.so.12: cannot open shared object file")\n'
+    )
     program = folder / "python"
-    program.write_text(BROKEN.format(broken=broken, folder=folder, python=sys.executable, well=well))
+    program.write_text(
+        BROKEN.format(broken=broken, folder=folder, python=sys.executable, well=well)
+    )
     program.chmod(0o755)
     slurm.environment["CODA_PYTHON"] = str(program)
 
@@ -162,7 +185,8 @@ def test_a_job_that_cannot_import_says_so_and_ends(slurm, python, tmp_path):
     said = "cannot import what `coda train` needs: ImportError: libcudart.so.12: cannot open shared object file"
     assert f"{said} (all of it: {log}); `make setup`" in line
     assert "Traceback" in (slurm.submit_folder / log).read_text()
-    assert not list((slurm.submit_folder / log).parent.glob("rank-*"))  # no process was started
+    # no process was started
+    assert not list((slurm.submit_folder / log).parent.glob("rank-*"))
 
 
 @pytest.mark.slurm
@@ -170,14 +194,19 @@ def test_a_job_without_its_interpreter_says_so_and_ends(slurm, python):
     slurm.environment["CODA_PYTHON"] = "/opt/nowhere/python"
     line = ended_at_once(slurm.submit(*SMALL, "slurm/imagenet_coda.sh"))
     assert (
-        "/opt/nowhere/python: No such file or directory" in line and "CODA_PYTHON=" in line and "python= in slurm/clusters/local.sh" in line
+        "/opt/nowhere/python: No such file or directory" in line
+        and "CODA_PYTHON=" in line
+        and "python= in slurm/clusters/local.sh" in line
     )
 
 
 @pytest.mark.slurm
 def test_an_import_that_fails_on_another_node_is_not_tried_again(slurm, python, tmp_path):
     broken_interpreter(
-        slurm, tmp_path, broken='[ "${SLURM_STEP_ID:-}${SLURM_PROCID:-}" = 01 ]', well="[ -z ${SLURM_STEP_ID:-} ] || sleep 100"
+        slurm,
+        tmp_path,
+        broken='[ "${SLURM_STEP_ID:-}${SLURM_PROCID:-}" = 01 ]',
+        well="[ -z ${SLURM_STEP_ID:-} ] || sleep 100",
     )
     line = ended_at_once(slurm.submit(*SMALL, "slurm/imagenet_coda.sh"))
     assert "libcudart.so.12: cannot open shared object file" in line
@@ -185,8 +214,14 @@ def test_an_import_that_fails_on_another_node_is_not_tried_again(slurm, python, 
 
 @pytest.fixture(scope="module")
 def remote():
-    """A cluster whose nodes have a network that leads nowhere, and an empty home in which they cannot write."""
-    if MISSING or os.geteuid() != 0 or subprocess.run(["unshare", "--mount", "--net", "true"], capture_output=True).returncode:
+    """A cluster whose nodes have a network that leads nowhere, and an empty home in which they
+    cannot write.
+    """
+    if (
+        MISSING
+        or os.geteuid() != 0
+        or subprocess.run(["unshare", "--mount", "--net", "true"], capture_output=True).returncode
+    ):
         pytest.skip("needs root, namespaces, and apt-get install slurm-wlm munge")
     folder = Path(tempfile.mkdtemp(prefix="coda-"))
     home = folder / "home"
@@ -223,4 +258,7 @@ def test_an_interpreter_that_a_node_does_not_have_is_not_tried_again(remote, tmp
     remote.environment["CODA_PYTHON"] = str(place / "python")
     remote.run("nsenter", "--target", node, "--mount", "mount", "-t", "tmpfs", "tmpfs", str(place))
     line = ended_at_once(remote.submit(*SMALL, "slurm/imagenet_coda.sh"))
-    assert f"slurmstepd-n2: error: execve(): {place}/python: No such file or directory; name the interpreter by CODA_PYTHON=" in line
+    assert (
+        f"slurmstepd-n2: error: execve(): {place}/python: No such file or directory; name the interpreter by CODA_PYTHON="
+        in line
+    )

@@ -7,10 +7,14 @@ from recipes_for_tests import small_recipe
 
 
 @pytest.mark.slurm
-@pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not found: apt-get install slurm-wlm munge")
+@pytest.mark.skipif(
+    bool(MISSING), reason=f"{', '.join(MISSING)} not found: apt-get install slurm-wlm munge"
+)
 def test_killed_it_ends_as_if_nothing_had_happened(prepared, slurm, tmp_path):
     def recipe_of(**changes):
-        return small_recipe(prepared, model__name="coda_resnet20", model__args={"rank": 2}, **changes)
+        return small_recipe(
+            prepared, model__name="coda_resnet20", model__args={"rank": 2}, **changes
+        )
 
     table = campaign(slurm, recipe_of, ["SIGKILL of a process"], seed=0, disk=tmp_path)
     assert len(table) == 1 and not late(table)

@@ -1,4 +1,6 @@
-"""Stores for the tests of tracking: SQLite files, and one server as a team has it, for all tests together."""
+"""Stores for the tests of tracking: SQLite files, and one server as a team has it, for all tests
+together.
+"""
 
 import os
 import shutil
@@ -42,13 +44,27 @@ def postgresql():
     if not POSTGRESQL:
         yield None
         return
-    folder, port, programs = Path(tempfile.mkdtemp(prefix="coda-postgresql-")), free_port(), POSTGRESQL[-1]
-    as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if os.getuid() == 0 else []
+    folder, port, programs = (
+        Path(tempfile.mkdtemp(prefix="coda-postgresql-")),
+        free_port(),
+        POSTGRESQL[-1],
+    )
+    as_user = (
+        ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+        if os.getuid() == 0
+        else []
+    )
     if as_user:
         shutil.chown(folder, "postgres", "postgres")
 
     def run(program, *words):
-        subprocess.run([*as_user, programs / program, *words], check=True, cwd=folder, stdout=subprocess.DEVNULL, timeout=120)
+        subprocess.run(
+            [*as_user, programs / program, *words],
+            check=True,
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            timeout=120,
+        )
 
     run("initdb", "-D", folder / "data", "-U", "coda", "-A", "trust", "-E", "UTF8", "--no-sync")
     options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
@@ -60,14 +76,27 @@ def postgresql():
 
 
 class TeamServer:
-    """`coda serve` for a team: PostgreSQL where there is one, a folder of artifacts, a password, reachable from other machines."""
+    """`coda serve` for a team: PostgreSQL where there is one, a folder of artifacts, a password,
+    reachable from other machines.
+    """
 
     def __init__(self, folder: Path, database: str | None):
         self.folder, self.port, self.on_postgresql = folder, free_port(), database is not None
         credentials = folder / "credentials"
         credentials.touch(mode=0o600)
-        credentials.write_text(f"[mlflow]\nmlflow_tracking_username = {NAME}\nmlflow_tracking_password = {PASSWORD}\n")
-        options = ["--runs", folder / "runs", "--host", "0.0.0.0", "--port", self.port, "--credentials", credentials]
+        credentials.write_text(
+            f"[mlflow]\nmlflow_tracking_username = {NAME}\nmlflow_tracking_password = {PASSWORD}\n"
+        )
+        options = [
+            "--runs",
+            folder / "runs",
+            "--host",
+            "0.0.0.0",
+            "--port",
+            self.port,
+            "--credentials",
+            credentials,
+        ]
         options += ["--artifacts", folder / "artifacts"]
         self.command = [sys.executable, "-m", "pipeline", "serve", *map(str, options)]
         self.command += ["--backend-store-uri", database] if database else []
@@ -76,14 +105,18 @@ class TeamServer:
     def start(self) -> None:
         with (self.folder / "server.log").open("a") as log:
             environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_WORKERS": "1"}
-            self.process = subprocess.Popen(self.command, env=environment, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                self.command, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
         deadline = time.monotonic() + 300
         while True:
             try:
                 urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
                 return
             except OSError:
-                assert self.process.poll() is None and time.monotonic() < deadline, (self.folder / "server.log").read_text()[-2000:]
+                assert self.process.poll() is None and time.monotonic() < deadline, (
+                    self.folder / "server.log"
+                ).read_text()[-2000:]
                 time.sleep(0.2)
 
     def kill(self) -> None:
@@ -105,18 +138,48 @@ def team(tmp_path_factory, postgresql):
 
 @pytest.fixture(scope="session")
 def two_runs(team, prepared, tmp_path_factory):
-    """Folders of a hybrid and the plain network it came from, trained at the same time against one server, as one sweep."""
+    """Folders of a hybrid and the plain network it came from, trained at the same time against one
+    server, as one sweep.
+    """
     folder, processes, folders = tmp_path_factory.mktemp("two"), [], []
-    confident = {"temperature": 1.0, "logit_bias": 1.0}  # after a few updates, so that there are grids
-    evaluation = {"metrics": ["accuracy", "completeness"], "final_metrics": ["accuracy", "completeness", "pixel_removal", "depth"]}
+    # after a few updates, so that there are grids
+    confident = {"temperature": 1.0, "logit_bias": 1.0}
+    evaluation = {
+        "metrics": ["accuracy", "completeness"],
+        "final_metrics": ["accuracy", "completeness", "pixel_removal", "depth"],
+    }
     evaluation |= {"grid_size": 2, "grids": 5, "completeness_images": 16, "removal_images": 8}
-    tracking = {"uri": team.uri, "experiment": "digits", "parent": "hybrid and plain", "system_metrics": True, "log_every_updates": 2}
-    for name, model, args in (("hybrid", "coda_resnet20", {"rank": 2, **confident}), ("plain", "resnet20", {})):
-        changes = dict(name=name, runs=str(folder / "runs"), data__prepared=str(prepared / "data"), training__learning_rate=1e-2)
-        recipe = small_recipe(folder, model={"name": model, "args": args}, evaluation=evaluation, tracking=tracking, **changes)
+    tracking = {
+        "uri": team.uri,
+        "experiment": "digits",
+        "parent": "hybrid and plain",
+        "system_metrics": True,
+        "log_every_updates": 2,
+    }
+    for name, model, args in (
+        ("hybrid", "coda_resnet20", {"rank": 2, **confident}),
+        ("plain", "resnet20", {}),
+    ):
+        changes = dict(
+            name=name,
+            runs=str(folder / "runs"),
+            data__prepared=str(prepared / "data"),
+            training__learning_rate=1e-2,
+        )
+        recipe = small_recipe(
+            folder,
+            model={"name": model, "args": args},
+            evaluation=evaluation,
+            tracking=tracking,
+            **changes,
+        )
         path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(recipe.to_dict()))
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1",
+        }
         with (folder / f"{name}.log").open("w") as log:
             command = [sys.executable, "-m", "pipeline", "train", str(path)]
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))

@@ -5,15 +5,19 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-FAULTS = ("error", "silent", "late")  # answers 500 (nothing forwarded), never answers, forwards at once but answers after `LATE` seconds
+# answers 500 (nothing forwarded), never answers, forwards at once but answers after `LATE` seconds
+FAULTS = ("error", "silent", "late")
 LATE = 4.0
 
 
 class FaultyProxy:
-    """Listens on ``port`` and forwards to the server on ``target``; ``fault`` can be changed at any time."""
+    """Listens on ``port`` and forwards to the server on ``target``; ``fault`` can be changed at any
+    time.
+    """
 
     def __init__(self, target: int, fault: str | None = None):
-        self.fault, self.seen = fault, []  # (fault, path) of each request
+        # (fault, path) of each request
+        self.fault, self.seen = fault, []
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -28,7 +32,9 @@ class FaultyProxy:
                         time.sleep(0.05)
                     self.close_connection = True
                     return
-                status, kind, content = (500, "text/plain", b"broken") if fault == "error" else self.forward(body)
+                status, kind, content = (
+                    (500, "text/plain", b"broken") if fault == "error" else self.forward(body)
+                )
                 if fault == "late":
                     time.sleep(LATE)
                 try:
@@ -37,17 +43,26 @@ class FaultyProxy:
                     self.send_header("Content-Length", str(len(content)))
                     self.end_headers()
                     self.wfile.write(content)
-                except OSError:  # the client has given up
+                except OSError:
+                    # the client has given up
                     self.close_connection = True
 
             def forward(self, body):
                 connection = http.client.HTTPConnection("127.0.0.1", target, timeout=60)
-                headers = {key: value for key, value in self.headers.items() if key.lower() not in ("host", "connection")}
+                headers = {
+                    key: value
+                    for key, value in self.headers.items()
+                    if key.lower() not in ("host", "connection")
+                }
                 connection.request(self.command, self.path, body, headers)
                 answer = connection.getresponse()
                 content = answer.read()
                 connection.close()
-                return answer.status, answer.headers.get("Content-Type", "application/json"), content
+                return (
+                    answer.status,
+                    answer.headers.get("Content-Type", "application/json"),
+                    content,
+                )
 
             do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
 

@@ -1,4 +1,6 @@
-"""The tracker against real MLflow stores: everything exactly once, through kills, dead servers and restarts."""
+"""The tracker against real MLflow stores: everything exactly once, through kills, dead servers and
+restarts.
+"""
 
 import math
 import os
@@ -24,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_everything_arrives_exactly_once_in_the_default_store(empty_database, tmp_path):
-    shutil.copy(empty_database, tmp_path / "mlflow.db")  # where `uri: null` points
+    # where `uri: null` points
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
     folder = tmp_path / "run"
     picture = folder / "maps.png"
     with open_tracker(make_recipe(folder, None), folder, World(), tags={"job": "17"}) as tracker:
@@ -48,7 +51,13 @@ def test_everything_arrives_exactly_once_in_the_default_store(empty_database, tm
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(None, "FINISHED"), (RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")]
+    ("error", "status"),
+    [
+        (None, "FINISHED"),
+        (RuntimeError, "FAILED"),
+        (KeyboardInterrupt, "KILLED"),
+        (SystemExit, "KILLED"),
+    ],
 )
 def test_run_ends_with_the_status_of_its_block(store, tmp_path, error, status):
     folder = tmp_path / "run"
@@ -67,10 +76,16 @@ def test_run_ends_with_the_status_of_its_block(store, tmp_path, error, status):
     assert_store_equals_journal(store, folder, status)
 
 
-@pytest.mark.parametrize("name", ["val/nonsense", "loss", "", "val/top1@5", "val/top1/", "interp/localisation_by_layer/1"])
+@pytest.mark.parametrize(
+    "name",
+    ["val/nonsense", "loss", "", "val/top1@5", "val/top1/", "interp/localisation_by_layer/1"],
+)
 def test_unknown_metric_is_refused_before_anything_is_written(store, tmp_path, name):
     folder = tmp_path / "run"
-    with open_tracker(make_recipe(folder, store), folder, World()) as tracker, pytest.raises(ValueError):
+    with (
+        open_tracker(make_recipe(folder, store), folder, World()) as tracker,
+        pytest.raises(ValueError),
+    ):
         tracker.metrics({"val/top1": 0.5, name: 1.0}, 1)
     assert journal(folder, "metric") == [] and tracker.history() == {}
 
@@ -87,7 +102,18 @@ def test_other_ranks_leave_no_trace(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "recipe.yaml"]
 
 
-@pytest.mark.parametrize("uri", ["file:./mlruns", "mlruns", "sqlite://", "sqlite:///", "http://", "htp://host:5000", "databricks"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "file:./mlruns",
+        "mlruns",
+        "sqlite://",
+        "sqlite:///",
+        "http://",
+        "htp://host:5000",
+        "databricks",
+    ],
+)
 def test_tracking_uri_that_cannot_work_is_refused_at_once(tmp_path, uri):
     folder = tmp_path / "run"
     with pytest.raises(UserError, match="tracking.uri .* must be sqlite:///FILE"):
@@ -114,28 +140,49 @@ for step in range(10_000_000):
 
 
 def test_kill_9_and_resume_is_one_run_without_gaps_or_repeats(tmp_path):
-    folder, uri = tmp_path / "run", f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"  # a fresh store: folder and tables get made
+    # a fresh store: folder and tables get made
+    folder, uri = tmp_path / "run", f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
     recipe = make_recipe(folder, uri)
-    command, environment = [sys.executable, "-c", CHILD, str(folder)], {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+    command, environment = (
+        [sys.executable, "-c", CHILD, str(folder)],
+        {**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
         assert child.stdout.readline() == "sent\n" == child.stdout.readline()
         child.send_signal(signal.SIGKILL)
         assert child.communicate()[1] == "", "MLflow or Alembic wrote to stderr"
-    run_id, acknowledged = (folder / "run_id").read_text(), int((folder / "journal.offset").read_text())
-    before = len(journal(folder, "metric")) if (folder / "journal.jsonl").read_bytes().endswith(b"\n") else None
+    run_id, acknowledged = (
+        (folder / "run_id").read_text(),
+        int((folder / "journal.offset").read_text()),
+    )
+    before = (
+        len(journal(folder, "metric"))
+        if (folder / "journal.jsonl").read_bytes().endswith(b"\n")
+        else None
+    )
     assert acknowledged > 2000 * 50
-    (folder / "journal.offset").write_text(str(len((folder / "journal.jsonl").read_bytes().splitlines(keepends=True)[0])))  # in doubt: all
+    # in doubt: all
+    (folder / "journal.offset").write_text(
+        str(len((folder / "journal.jsonl").read_bytes().splitlines(keepends=True)[0]))
+    )
 
     with open_tracker(recipe, folder, World()) as tracker:
         assert before is None or len(tracker.history()) == before
         last = max(step for _, step in tracker.history())
-        for step in range(1500, last + 500):  # resumed from an older checkpoint
+        # resumed from an older checkpoint
+        for step in range(1500, last + 500):
             tracker.metrics({"train/loss": 1 / (step + 1)}, step)
         assert tracker.flush(120)
     assert tracker.history() == {("train/loss", step): 1 / (step + 1) for step in range(last + 500)}
     run = assert_store_equals_journal(uri, folder)
     assert run.info.run_id == run_id
-    assert [line["value"] for line in journal(folder, "status")] == ["RUNNING", "RUNNING", "FINISHED"]
+    assert [line["value"] for line in journal(folder, "status")] == [
+        "RUNNING",
+        "RUNNING",
+        "FINISHED",
+    ]
 
 
 def test_run_whose_id_was_never_written_is_found_again(store, tmp_path):
@@ -157,7 +204,8 @@ def test_torn_last_line_is_cut_off_and_its_metric_written_again(store, tmp_path)
         tracker.metrics({"val/top1": 0.5}, 1)
     with open(folder / "journal.jsonl", "a") as file:
         file.write('{"kind": "metric", "key": "val/top1", "value": 0.')
-    assert sync(folder) == 0  # leaves it alone: a live run could be in the middle of writing it
+    # leaves it alone: a live run could be in the middle of writing it
+    assert sync(folder) == 0
     with open_tracker(recipe, folder, World()) as tracker:
         assert tracker.history() == {("val/top1", 1): 0.5}
         tracker.metrics({"val/top1": 0.75}, 2)
@@ -168,7 +216,9 @@ def test_torn_last_line_is_cut_off_and_its_metric_written_again(store, tmp_path)
 def test_damage_before_the_last_line_names_the_line(store, tmp_path):
     folder = tmp_path / "run"
     recipe = make_recipe(folder, store)
-    (folder / "journal.jsonl").write_text('{"kind": "tag", "key": "coda.run_key", "value": "1", "timestamp": 1}\n\0\0\n')
+    (folder / "journal.jsonl").write_text(
+        '{"kind": "tag", "key": "coda.run_key", "value": "1", "timestamp": 1}\n\0\0\n'
+    )
     with pytest.raises(UserError, match="journal.jsonl line 2"):
         open_tracker(recipe, folder, World())
 
@@ -201,11 +251,14 @@ def test_images_have_steps_and_are_there_once_even_when_sent_again(store, tmp_pa
     sent = sorted(item.path for item in client.list_artifacts(run, "images"))
     assert len(sent) == 4
     for step in (1, 2):
-        names = [name for name in sent if name.startswith(f"images/contributions+step+{step}+timestamp+")]
+        names = [
+            name for name in sent if name.startswith(f"images/contributions+step+{step}+timestamp+")
+        ]
         assert [Path(name).suffix for name in names] == [".webp", ".png"]
         assert max(Image.open(client.download_artifacts(run, names[0])).size) <= 256
     assert client.get_run(run).data.tags["mlflow.loggedImages"] == "True"
-    (folder / "journal.offset").write_text("0")  # as if no acknowledgement had arrived
+    # as if no acknowledgement had arrived
+    (folder / "journal.offset").write_text("0")
     assert sync(folder)
     assert sorted(item.path for item in client.list_artifacts(run, "images")) == sent
 
@@ -225,7 +278,14 @@ def test_dead_server_costs_nothing_and_sync_brings_everything_later(store, tmp_p
     start = time.monotonic()
     tracker = open_tracker(recipe, folder, World())
     for step in range(1000):
-        tracker.metrics({"train/loss": 1 / (step + 1), "val/top1": step / 1000, "speed/images_per_second": 10.0}, step)
+        tracker.metrics(
+            {
+                "train/loss": 1 / (step + 1),
+                "val/top1": step / 1000,
+                "speed/images_per_second": 10.0,
+            },
+            step,
+        )
     trained = time.monotonic() - start
     tracker.close()
     assert trained < 3 and time.monotonic() - start < 30
@@ -248,17 +308,24 @@ def test_silent_server_slows_neither_training_nor_its_end(tmp_path, monkeypatch)
     with socket.socket() as black_hole:
         black_hole.bind(("127.0.0.1", 0))
         black_hole.listen()
-        tracker = open_tracker(make_recipe(folder, f"http://127.0.0.1:{black_hole.getsockname()[1]}"), folder, World())
-        connection, _ = black_hole.accept()  # the sender is in the middle of a request that nobody answers
+        tracker = open_tracker(
+            make_recipe(folder, f"http://127.0.0.1:{black_hole.getsockname()[1]}"), folder, World()
+        )
+        # the sender is in the middle of a request that nobody answers
+        connection, _ = black_hole.accept()
         start = time.monotonic()
         for step in range(1000):
             tracker.metrics({"train/loss": 1.0}, step)
         assert time.monotonic() - start < 1
         assert not tracker.flush(0.5) and time.monotonic() - start < 3
-        tracker.close("KILLED")  # as after the death of another process, which must end all of them within 15 s
+        # as after the death of another process, which must end all of them within 15 s
+        tracker.close("KILLED")
         assert time.monotonic() - start < 10
         connection.close()
-    assert len(journal(folder, "metric")) == 1000 and journal(folder, "status")[-1]["value"] == "KILLED"
+    assert (
+        len(journal(folder, "metric")) == 1000
+        and journal(folder, "status")[-1]["value"] == "KILLED"
+    )
 
 
 def test_store_that_does_not_know_the_run_gets_the_whole_journal(store, empty_database, tmp_path):
@@ -273,7 +340,9 @@ def test_store_that_does_not_know_the_run_gets_the_whole_journal(store, empty_da
     assert_store_equals_journal(other, folder)
 
 
-@pytest.mark.parametrize(("files", "message"), [((), "no journal.jsonl"), (("journal.jsonl",), "holds no recipe.yaml")])
+@pytest.mark.parametrize(
+    ("files", "message"), [((), "no journal.jsonl"), (("journal.jsonl",), "holds no recipe.yaml")]
+)
 def test_sync_of_something_else_is_a_clear_error(tmp_path, files, message):
     for name in files:
         (tmp_path / name).touch()
@@ -283,4 +352,5 @@ def test_sync_of_something_else_is_a_clear_error(tmp_path, files, message):
 
 def test_every_metric_says_what_it_means_and_what_its_steps_count():
     assert all(meaning and steps for meaning, steps in METRICS.values())
-    assert TrackingRecipe().uri is None  # the default store, see the first test
+    # the default store, see the first test
+    assert TrackingRecipe().uri is None

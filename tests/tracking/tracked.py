@@ -1,4 +1,6 @@
-"""What the tests of tracking share: a run's recipe, its journal, and the comparison of MLflow with it."""
+"""What the tests of tracking share: a run's recipe, its journal, and the comparison of MLflow with
+it.
+"""
 
 import json
 import socket
@@ -40,21 +42,45 @@ def assert_store_equals_journal(uri: str, folder: Path, status: str = "FINISHED"
     experiments = [found.experiment_id for found in client.search_experiments()]
     (key,) = (line["value"] for line in journal(folder, "tag") if line["key"] == RUN_KEY)
     (run,) = client.search_runs(experiments, f"tags.`{RUN_KEY}` = '{key}'")
-    assert run.info.run_id == (folder / "run_id").read_text() and run.info.experiment_id == (folder / "experiment_id").read_text()
+    assert (
+        run.info.run_id == (folder / "run_id").read_text()
+        and run.info.experiment_id == (folder / "experiment_id").read_text()
+    )
     assert (run.info.run_name, run.info.status) == (folder.name, status)
     rows = Counter()
     for name in run.data.metrics:
-        rows.update((name, row.step, row.value, row.timestamp) for row in client.get_metric_history(run.info.run_id, name))
-    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in journal(folder, "metric", path.name)]
-    assert rows == Counter((line["key"], line["step"], line["value"], line["timestamp"]) for line in lines)
-    assert len({(name, step) for name, step, *_ in rows}) == rows.total(), "a step stands twice in the history"
+        rows.update(
+            (name, row.step, row.value, row.timestamp)
+            for row in client.get_metric_history(run.info.run_id, name)
+        )
+    lines = [
+        line
+        for path in sorted(folder.glob("*.jsonl"))
+        for line in journal(folder, "metric", path.name)
+    ]
+    assert rows == Counter(
+        (line["key"], line["step"], line["value"], line["timestamp"]) for line in lines
+    )
+    assert len({(name, step) for name, step, *_ in rows}) == rows.total(), (
+        "a step stands twice in the history"
+    )
     assert run.data.params == {line["key"]: line["value"] for line in journal(folder, "param")}
     tags = {key: text for key, text in run.data.tags.items() if not key.startswith("mlflow.")}
     assert tags == {line["key"]: line["value"] for line in journal(folder, "tag")}
-    stored = {path for path in artifacts(client, run.info.run_id) if not path.startswith(("images/", "model/"))}
-    assert stored == {str(Path(line["value"]) / Path(line["key"]).name) for line in journal(folder, "artifact")}
-    assert len(list(artifacts(client, run.info.run_id, "images"))) == 2 * len(journal(folder, "image"))
-    inputs = {tag.value: found.dataset.digest for found in run.inputs.dataset_inputs for tag in found.tags}
+    stored = {
+        path
+        for path in artifacts(client, run.info.run_id)
+        if not path.startswith(("images/", "model/"))
+    }
+    assert stored == {
+        str(Path(line["value"]) / Path(line["key"]).name) for line in journal(folder, "artifact")
+    }
+    assert len(list(artifacts(client, run.info.run_id, "images"))) == 2 * len(
+        journal(folder, "image")
+    )
+    inputs = {
+        tag.value: found.dataset.digest for found in run.inputs.dataset_inputs for tag in found.tags
+    }
     assert inputs == {line["key"]: line["value"]["digest"] for line in journal(folder, "dataset")}
     assert int((folder / "journal.offset").read_text()) == (folder / "journal.jsonl").stat().st_size
     return run

@@ -1,4 +1,6 @@
-"""Checkpoints: resumed equals uninterrupted at every ZeRO stage, damage is skipped, and nothing foreign is loaded."""
+"""Checkpoints: resumed equals uninterrupted at every ZeRO stage, damage is skipped, and nothing
+foreign is loaded.
+"""
 
 import errno
 import json
@@ -45,13 +47,25 @@ def build(folder, world, **changes):
 def statistics(run):
     """Batch norm statistics of this process: (model or its average, name) -> values."""
     modules = {"model": run.engine.module, "average": run.average}
-    return {(key, name): buffer.clone() for key, module in modules.items() for name, buffer in module.named_buffers() if "running" in name}
+    return {
+        (key, name): buffer.clone()
+        for key, module in modules.items()
+        for name, buffer in module.named_buffers()
+        if "running" in name
+    }
 
 
 def _resumed_equals_uninterrupted(rank, size, port, folder, runs, optimizer, stage):
     stand_as(rank, size, port)
-    changes = dict(runs=str(runs), training__zero_stage=stage, model__name="coda_resnet20", model__args={"rank": 2})
-    changes |= dict(training__optimizer=optimizer, training__weight_average=0.9, training__label_smoothing=0.1)
+    changes = dict(
+        runs=str(runs),
+        training__zero_stage=stage,
+        model__name="coda_resnet20",
+        model__args={"rank": 2},
+    )
+    changes |= dict(
+        training__optimizer=optimizer, training__weight_average=0.9, training__label_smoothing=0.1
+    )
     with process_group(timeout_seconds=120) as world:
         whole = build(folder, world, **changes)
         updates(whole, 2)
@@ -63,7 +77,8 @@ def _resumed_equals_uninterrupted(rank, size, port, folder, runs, optimizer, sta
             one, two = own[key, name], other[key, name]
             assert not torch.equal(one, two)
             torch.testing.assert_close(stored[key][name], (one + two) / 2)
-            assert torch.equal(kept, before[key, name])  # for going on
+            # for going on
+            assert torch.equal(kept, before[key, name])
         updates(whole, 3)
         torch.manual_seed(rank + 99)
         parted = build(folder, world, **changes)
@@ -81,8 +96,12 @@ def again(run):
     return other
 
 
-@pytest.mark.parametrize(("optimizer", "stage"), [("adamw", 0), ("adamw", 1), ("adamw", 2), ("muon", 0)])
-def test_resumed_equals_uninterrupted_bitwise_on_two_processes(prepared, tmp_path, optimizer, stage):
+@pytest.mark.parametrize(
+    ("optimizer", "stage"), [("adamw", 0), ("adamw", 1), ("adamw", 2), ("muon", 0)]
+)
+def test_resumed_equals_uninterrupted_bitwise_on_two_processes(
+    prepared, tmp_path, optimizer, stage
+):
     run_on(2, _resumed_equals_uninterrupted, prepared, tmp_path, optimizer, stage)
 
 
@@ -97,19 +116,31 @@ def _evaluated(rank, size, port, folder, runs):
 
     loop.evaluate = watched
     stand_as(rank, size, port)
-    recipe = small_recipe(folder, runs=str(runs), model__name="coda_resnet20", model__args={"rank": 2}, training__epochs=2)
+    recipe = small_recipe(
+        folder,
+        runs=str(runs),
+        model__name="coda_resnet20",
+        model__args={"rank": 2},
+        training__epochs=2,
+    )
     with process_group(timeout_seconds=120) as world:
         loop.train(recipe, world)
         one, other = gather_across_ranks(seen)
-    assert len(one) == 1  # after the first epoch; the last evaluation is of the export
-    assert all(torch.equal(a, b) for epochs in zip(one, other, strict=True) for a, b in zip(*epochs, strict=True))
+    # after the first epoch; the last evaluation is of the export
+    assert len(one) == 1
+    assert all(
+        torch.equal(a, b)
+        for epochs in zip(one, other, strict=True)
+        for a, b in zip(*epochs, strict=True)
+    )
 
 
 def test_every_evaluation_sees_the_same_statistics_on_two_processes(prepared, tmp_path):
     run_on(2, _evaluated, prepared, tmp_path)
 
 
-WITHOUT_BATCH_NORM = {"training__optimizer": "sgd", "training__learning_rate": 0.5}  # the small recipe's model has none
+# the small recipe's model has none
+WITHOUT_BATCH_NORM = {"training__optimizer": "sgd", "training__learning_rate": 0.5}
 WORLDS = (1, 2, 4, 2, 1)
 
 
@@ -128,14 +159,18 @@ def _through_worlds(rank, _, __, ports, folder, runs):
 
 def test_resumed_on_other_numbers_of_processes_within_rounding(prepared, tmp_path):
     """1 -> 2 -> 4 -> 2 -> 1 processes with the same global batch, against 1 throughout."""
-    run_on(max(WORLDS), _through_worlds, [free_port() for _ in WORLDS], prepared, tmp_path / "parted")
+    run_on(
+        max(WORLDS), _through_worlds, [free_port() for _ in WORLDS], prepared, tmp_path / "parted"
+    )
     with process_group() as world:
         whole = build(prepared, world, runs=str(tmp_path / "whole"), **WITHOUT_BATCH_NORM)
         before = weights(whole)
         updates(whole, 2 * len(WORLDS))
         parted = build(prepared, world, runs=str(tmp_path / "parted"), **WITHOUT_BATCH_NORM)
         assert parted.updates == whole.updates
-    difference = max((a - b).abs().max().item() for a, b in zip(weights(whole), weights(parted), strict=True))
+    difference = max(
+        (a - b).abs().max().item() for a, b in zip(weights(whole), weights(parted), strict=True)
+    )
     moved = max((a - b).abs().max().item() for a, b in zip(weights(whole), before, strict=True))
     assert moved > 1e-3 and difference < 1e-6
 
@@ -162,7 +197,11 @@ def test_a_damaged_checkpoint_is_skipped_with_a_message(saved, capsys):
 def test_weights_that_a_training_began_with_are_needed_only_once(prepared, tmp_path):
     source = tmp_path / "backbone.safetensors"
     save_file(timm.create_model("resnet18").state_dict(), source)
-    changes = dict(runs=str(tmp_path), model__name="coda_resnet18", model__args={"pretrained_backbone": str(source)})
+    changes = dict(
+        runs=str(tmp_path),
+        model__name="coda_resnet18",
+        model__args={"pretrained_backbone": str(source)},
+    )
     with process_group() as world:
         run = build(prepared, world, **changes)
         updates(run, 1)
@@ -171,7 +210,8 @@ def test_weights_that_a_training_began_with_are_needed_only_once(prepared, tmp_p
         resumed = again(run)
         assert resumed.updates == 1
         assert all(torch.equal(a, b) for a, b in zip(weights(run), weights(resumed), strict=True))
-        (run.checkpoints.folder / "update-1" / "model.pt").unlink()  # without a valid checkpoint it begins anew
+        # without a valid checkpoint it begins anew
+        (run.checkpoints.folder / "update-1" / "model.pt").unlink()
         with pytest.raises(UserError, match="cannot be read"):
             again(run)
 
@@ -185,7 +225,10 @@ def test_an_unfinished_checkpoint_is_removed(saved):
 def test_only_the_newest_are_kept(saved):
     updates(saved, 1)
     saved.checkpoints.save(saved.engine, saved.updates)
-    assert sorted(path.name for path in saved.checkpoints.folder.iterdir()) == ["update-2", "update-3"]
+    assert sorted(path.name for path in saved.checkpoints.folder.iterdir()) == [
+        "update-2",
+        "update-3",
+    ]
 
 
 def test_the_best_is_kept_beside_the_newest(saved):
@@ -194,21 +237,34 @@ def test_the_best_is_kept_beside_the_newest(saved):
         updates(saved, 1)
         saved.checkpoints.save(saved.engine, saved.updates)
         saved.checkpoints.mark_best(saved.updates, 0.8)
-    assert {path.name for path in saved.checkpoints.folder.glob("update-*")} == {"update-2", "update-4", "update-5"}
+    assert {path.name for path in saved.checkpoints.folder.glob("update-*")} == {
+        "update-2",
+        "update-4",
+        "update-5",
+    }
 
 
 def test_a_disk_without_room_leaves_the_checkpoints_before_it(saved):
-    """A limit on the size of files stands for the disk: the kernel refuses the same write with another number."""
+    """A limit on the size of files stands for the disk: the kernel refuses the same write with
+    another number.
+    """
     updates(saved, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        with pytest.raises(OSError, match="cannot be written: File too large; update-2 stays the newest") as failure:
+        with pytest.raises(
+            OSError, match="cannot be written: File too large; update-2 stays the newest"
+        ) as failure:
             saved.checkpoints.save(saved.engine, saved.updates)
-        assert failure.value.errno == errno.EFBIG and failure.value.filename.endswith("checkpoints/update-3")
+        assert failure.value.errno == errno.EFBIG and failure.value.filename.endswith(
+            "checkpoints/update-3"
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(path.name for path in saved.checkpoints.folder.iterdir()) == ["update-1", "update-2"]
+    assert sorted(path.name for path in saved.checkpoints.folder.iterdir()) == [
+        "update-1",
+        "update-2",
+    ]
     saved.checkpoints.save(saved.engine, saved.updates)
     assert newest_model(saved.checkpoints.folder)
 
@@ -218,7 +274,10 @@ def test_a_start_that_was_superseded_cannot_write(saved):
     Lease(saved.recipe.folder, "slurm-7.1").take()
     with pytest.raises(UserError, match="slurm-7.1 has taken over"):
         saved.checkpoints.save(saved.engine, saved.updates)
-    assert sorted(path.name for path in saved.checkpoints.folder.iterdir()) == ["update-1", "update-2"]
+    assert sorted(path.name for path in saved.checkpoints.folder.iterdir()) == [
+        "update-1",
+        "update-2",
+    ]
 
 
 def test_an_older_restart_of_a_job_does_not_take_over(tmp_path):
@@ -228,7 +287,8 @@ def test_an_older_restart_of_a_job_does_not_take_over(tmp_path):
     with pytest.raises(UserError, match=r"slurm-7.10 is training it, so the older slurm-7.9 stops"):
         older.take()
     newer.check()
-    Lease(tmp_path, "slurm-8.0").take()  # another job is no older one
+    # another job is no older one
+    Lease(tmp_path, "slurm-8.0").take()
 
 
 def test_a_save_says_how_long_and_how_much(saved, capsys):
@@ -257,7 +317,10 @@ def test_loading_runs_no_code(saved, tmp_path):
     torch.save({"model": Harmful()}, path / "model.pt")
     from pipeline.training.checkpoint import _sha256
 
-    files = {name: [(path / name).stat().st_size, _sha256(path / name)] for name in ("model.pt", "rank-0.pt")}
+    files = {
+        name: [(path / name).stat().st_size, _sha256(path / name)]
+        for name in ("model.pt", "rank-0.pt")
+    }
     (path / "manifest.json").write_text(json.dumps(files))
     with pytest.raises(UserError, match="not loaded"):
         again(saved)

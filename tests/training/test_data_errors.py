@@ -1,4 +1,6 @@
-"""A stored image that cannot be decoded ends the job: on every process, within seconds, with the cause."""
+"""A stored image that cannot be decoded ends the job: on every process, within seconds, with the
+cause.
+"""
 
 import os
 import subprocess
@@ -18,15 +20,28 @@ SAMPLE = 123
 
 
 def test_a_broken_image_on_one_process_ends_all(tmp_path):
-    changes = dict(data__write_mode="jpg", model__name="resnet20", model__args={}, training__epochs=50)
+    changes = dict(
+        data__write_mode="jpg", model__name="resnet20", model__args={}, training__epochs=50
+    )
     recipe = small_recipe(tmp_path, **changes)
     prepare(recipe)
     damage(recipe.data.folder / "train.beton", SAMPLE)
-    (reader,) = (rank for rank in range(2) if SAMPLE in train_loader(recipe, World(rank, rank, 2), 64)._order(0))
+    (reader,) = (
+        rank
+        for rank in range(2)
+        if SAMPLE in train_loader(recipe, World(rank, rank, 2), 64)._order(0)
+    )
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
     processes = []
-    for rank in range(2):  # by themselves: under torchrun or srun, that would end the others
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 20000 + os.getpid() % 9999}
+    # by themselves: under torchrun or srun, that would end the others
+    for rank in range(2):
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": 20000 + os.getpid() % 9999,
+        }
         environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
         with (tmp_path / f"log-{rank}").open("w") as log:
             command = [sys.executable, "-m", "pipeline", "train", str(tmp_path / "recipe.yaml")]
@@ -52,7 +67,10 @@ def test_it_does_so_before_the_batches_that_follow(tmp_path):
     sample = int(loader._order(0)[3 * 128 + 5])
     damage(recipe.data.folder / "train.beton", sample)
     seen = 0
-    with pytest.raises(Exception, match=f"image {sample} cannot be decoded"), train_loader(recipe, World(), 128).epoch(0) as batches:
+    with (
+        pytest.raises(Exception, match=f"image {sample} cannot be decoded"),
+        train_loader(recipe, World(), 128).epoch(0) as batches,
+    ):
         for _ in batches:
             seen += 1
     assert seen == 3

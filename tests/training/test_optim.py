@@ -11,11 +11,21 @@ from pipeline.recipe.schema import TrainingRecipe
 from pipeline.training.losses import LOSSES, soft_targets
 from pipeline.training.optim import build_optimizer, learning_rate
 
-TRAINING = TrainingRecipe(epochs=10, global_batch_size=8, learning_rate=1.0, warmup_epochs=2, weight_decay=0.1)
+TRAINING = TrainingRecipe(
+    epochs=10, global_batch_size=8, learning_rate=1.0, warmup_epochs=2, weight_decay=0.1
+)
 
 
 @pytest.mark.parametrize(
-    ("update", "rate"), [(0, 1 / 8), (3, 0.5), (7, 1.0), (8, 1.0), (24, 0.5), (39, 0.5 * (1 + math.cos(math.pi * 31 / 32)))]
+    ("update", "rate"),
+    [
+        (0, 1 / 8),
+        (3, 0.5),
+        (7, 1.0),
+        (8, 1.0),
+        (24, 0.5),
+        (39, 0.5 * (1 + math.cos(math.pi * 31 / 32))),
+    ],
 )
 def test_warmup_then_cosine(update, rate):
     assert learning_rate(update, 4, TRAINING) == pytest.approx(rate)
@@ -27,14 +37,29 @@ def test_no_warmup_starts_at_the_full_rate():
 
 @pytest.mark.parametrize(("update", "rate"), [(3, 0.5), (8, 1.0), (24, 0.5), (39, 1 / 32)])
 def test_warmup_then_a_straight_line(update, rate):
-    assert learning_rate(update, 4, dataclasses.replace(TRAINING, schedule="linear")) == pytest.approx(rate)
+    assert learning_rate(
+        update, 4, dataclasses.replace(TRAINING, schedule="linear")
+    ) == pytest.approx(rate)
 
 
 PUBLISHED_S = dataclasses.replace(
-    TRAINING, epochs=200, learning_rate=2.5e-4, warmup_epochs=0, schedule="step", step_epochs=30, step_factor=1.5
+    TRAINING,
+    epochs=200,
+    learning_rate=2.5e-4,
+    warmup_epochs=0,
+    schedule="step",
+    step_epochs=30,
+    step_factor=1.5,
 )
 PUBLISHED_L = dataclasses.replace(
-    TRAINING, epochs=60, learning_rate=1e-3, warmup_epochs=15, warmup_learning_rate=2.5e-4, schedule="step", step_epochs=20, step_factor=2
+    TRAINING,
+    epochs=60,
+    learning_rate=1e-3,
+    warmup_epochs=15,
+    warmup_learning_rate=2.5e-4,
+    schedule="step",
+    step_epochs=20,
+    step_factor=2,
 )
 
 
@@ -61,7 +86,9 @@ def test_steps_of_the_published_configurations(training, epoch, rate):
 def test_weight_decay_spares_biases_and_normalisation(optimizer, model):
     model = timm.create_model(model)
     built = build_optimizer(model, dataclasses.replace(TRAINING, optimizer=optimizer))
-    decayed = {id(p) for group in built.param_groups if group["weight_decay"] for p in group["params"]}
+    decayed = {
+        id(p) for group in built.param_groups if group["weight_decay"] for p in group["params"]
+    }
     for name, parameter in model.named_parameters():
         spared = parameter.ndim == 1 or name.endswith(("bias", "up_bias"))
         assert (id(parameter) in decayed) != spared, name
@@ -69,10 +96,13 @@ def test_weight_decay_spares_biases_and_normalisation(optimizer, model):
 
 def test_binary_cross_entropy_is_a_sum_over_classes_and_a_mean_over_images():
     logits = torch.tensor([[0.0, math.log(3)], [0.0, 0.0]])
-    expected = ((math.log(2) + math.log(4 / 3)) + 2 * math.log(2)) / 2  # labels 1 and 0
+    # labels 1 and 0
+    expected = ((math.log(2) + math.log(4 / 3)) + 2 * math.log(2)) / 2
     targets = soft_targets(torch.tensor([1, 0]), 2)
     assert LOSSES["bce"](logits, targets).item() == pytest.approx(expected)
-    assert LOSSES["cross_entropy"](logits, targets).item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
+    assert LOSSES["cross_entropy"](logits, targets).item() == pytest.approx(
+        (math.log(4 / 3) + math.log(2)) / 2
+    )
 
 
 def test_smoothed_targets_spread_their_share_over_all_classes():
@@ -82,21 +112,35 @@ def test_smoothed_targets_spread_their_share_over_all_classes():
 
 
 def test_sgd_has_nesterovs_momentum():
-    built = build_optimizer(timm.create_model("resnet20"), dataclasses.replace(TRAINING, optimizer="sgd", momentum=0.8))
+    built = build_optimizer(
+        timm.create_model("resnet20"), dataclasses.replace(TRAINING, optimizer="sgd", momentum=0.8)
+    )
     assert all(group["nesterov"] and group["momentum"] == 0.8 for group in built.param_groups)
 
 
 def test_muon_orthogonalises_what_a_matrix_learns_and_steps_as_far_as_adamw():
     layer, momentum = torch.nn.Linear(24, 8), 0.8
-    training = dataclasses.replace(TRAINING, optimizer="muon", learning_rate=1e-3, weight_decay=0.0, momentum=momentum)
+    training = dataclasses.replace(
+        TRAINING, optimizer="muon", learning_rate=1e-3, weight_decay=0.0, momentum=momentum
+    )
     optimizer = build_optimizer(layer, training)
     before = [parameter.detach().clone() for parameter in layer.parameters()]
-    gradient = torch.randn(8, 24, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.linspace(0.01, 10, 24))
+    gradient = torch.randn(8, 24, generator=torch.Generator().manual_seed(0)) @ torch.diag(
+        torch.linspace(0.01, 10, 24)
+    )
     layer.weight.grad, layer.bias.grad = gradient, torch.linspace(-1, 1, 8)
     optimizer.step()
-    weight, bias = ((parameter - old).detach() for parameter, old in zip(layer.parameters(), before, strict=True))
+    weight, bias = (
+        (parameter - old).detach()
+        for parameter, old in zip(layer.parameters(), before, strict=True)
+    )
     spread = torch.linalg.svdvals(weight)
-    assert spread.max() / spread.min() < 2 < torch.linalg.svdvals(gradient).max() / torch.linalg.svdvals(gradient).min()
-    assert weight.square().mean().sqrt().item() == pytest.approx(0.2 * 1e-3, rel=0.2)  # AdamW's updates have 0.2 to 0.4 of the rate
+    assert (
+        spread.max() / spread.min()
+        < 2
+        < torch.linalg.svdvals(gradient).max() / torch.linalg.svdvals(gradient).min()
+    )
+    # AdamW's updates have 0.2 to 0.4 of the rate
+    assert weight.square().mean().sqrt().item() == pytest.approx(0.2 * 1e-3, rel=0.2)
     torch.testing.assert_close(bias, -1e-3 * layer.bias.grad.sign(), rtol=1e-3, atol=0)
     assert all(group["momentum"] == momentum for group in optimizer.param_groups)

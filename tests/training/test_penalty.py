@@ -1,4 +1,6 @@
-"""The penalty on the dynamic weights against weights that are formed and multiplied one layer after the other."""
+"""The penalty on the dynamic weights against weights that are formed and multiplied one layer after
+the other.
+"""
 
 import pytest
 import timm
@@ -33,17 +35,22 @@ class Chain(nn.Module):
 
 
 def rescaled_weights(layer, x):
-    """Every dynamic weight after its rescaling, (B, O, d, L) with d ordered channel, row, column; differentiable."""
+    """Every dynamic weight after its rescaling, (B, O, d, L) with d ordered channel, row, column;
+    differentiable.
+    """
     patches = F.unfold(x, layer.kernel_size, stride=layer.stride, padding=layer.padding)
     z = layer.down(x).flatten(2)
     k = layer.kernel_size**2
-    a = layer.up_weight.unflatten(1, (k, -1)).transpose(1, 2).flatten(1, 2)  # row, column, channel -> channel, row, column
+    # row, column, channel -> channel, row, column
+    a = layer.up_weight.unflatten(1, (k, -1)).transpose(1, 2).flatten(1, 2)
     w = torch.einsum("odr,brl->bodl", a, z)
     if layer.up_bias is not None:
         w = w + layer.up_bias.unflatten(1, (k, -1)).transpose(1, 2).flatten(1)[None, :, :, None]
     size = w.norm(dim=2, keepdim=True)
     if layer.norm == "wb":
-        size = (layer.up_weight.square().sum((1, 2))[None, :, None] * z.square().sum(1, keepdim=True)).sqrt()[:, :, None]
+        size = (
+            layer.up_weight.square().sum((1, 2))[None, :, None] * z.square().sum(1, keepdim=True)
+        ).sqrt()[:, :, None]
     return w * size / (1 + size**2) if layer.norm == "sq" else w / size, patches
 
 
@@ -52,7 +59,8 @@ def slow(model, x, classes):
     features = model.stem(x).relu()
     w1, patches = rescaled_weights(model.first, features)
     hidden = (w1 * patches[:, None]).sum(2).unflatten(2, (3, 3))
-    w2, _ = rescaled_weights(model.last, hidden)  # (B, 6, 5, L): kernel 1
+    # (B, 6, 5, L): kernel 1
+    w2, _ = rescaled_weights(model.last, hidden)
     total = 0
     for chosen in classes:
         of_hidden = w2[torch.arange(len(x)), chosen]  # (B, 5, L)
@@ -82,7 +90,9 @@ def test_classes_are_the_label_and_others_that_change_with_the_update():
     drawn = [penalty.classes(labels, 10, update) for update in (0, 0, 1)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     assert torch.equal(drawn[0][:, 0], labels)
-    assert all(len(set(row)) == CLASSES and 0 <= min(row) <= max(row) < 10 for row in drawn[0].tolist())
+    assert all(
+        len(set(row)) == CLASSES and 0 <= min(row) <= max(row) < 10 for row in drawn[0].tolist()
+    )
     assert penalty.classes(labels % 2, 2, 0).sort(1)[0].tolist() == [[0, 1]] * 3
 
 
@@ -92,13 +102,21 @@ def mean_weight(recipe):
     x = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     classes = torch.arange(10).expand(16, -1)
     encoded = model.encode(x)[:, None]
-    return float((layer_contributions(model, x, classes, [None])[None] / encoded.clamp_min(1e-6)).abs().mean())
+    return float(
+        (layer_contributions(model, x, classes, [None])[None] / encoded.clamp_min(1e-6))
+        .abs()
+        .mean()
+    )
 
 
 def test_training_with_the_penalty_makes_the_weights_smaller(prepared, tmp_path):
-    from pipeline.training.loop import train  # imports DeepSpeed
+    # imports DeepSpeed
+    from pipeline.training.loop import train
 
-    changes = [dict(runs=str(tmp_path / str(strength)), training__weight_penalty=strength) for strength in (0.0, 30.0)]
+    changes = [
+        dict(runs=str(tmp_path / str(strength)), training__weight_penalty=strength)
+        for strength in (0.0, 30.0)
+    ]
     recipes = [small_recipe(prepared, training__epochs=1, **each) for each in changes]
     with process_group() as world:
         for recipe in recipes:

@@ -15,8 +15,14 @@ def test_the_loss_of_shared_targets_is_the_shared_loss(name):
     targets[range(6), first] += share
     targets[range(6), second] += 1 - share
     alone = [
-        torch.stack([LOSSES[name](logits[i : i + 1], soft_targets(labels[i : i + 1], 4, 0.1)) for i in range(6)])
+        torch.stack(
+            [
+                LOSSES[name](logits[i : i + 1], soft_targets(labels[i : i + 1], 4, 0.1))
+                for i in range(6)
+            ]
+        )
         for labels in (first, second)
     ]
-    expected = (share * alone[0] + (1 - share) * alone[1]).mean()  # both losses are linear in the targets
+    # both losses are linear in the targets
+    expected = (share * alone[0] + (1 - share) * alone[1]).mean()
     torch.testing.assert_close(LOSSES[name](logits, soft_targets(targets, 4, 0.1)), expected)

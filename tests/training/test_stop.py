@@ -1,4 +1,6 @@
-"""Being asked to stop: at any moment, by either signal, on one process of two; and what comes after."""
+"""Being asked to stop: at any moment, by either signal, on one process of two; and what comes
+after.
+"""
 
 import os
 import signal
@@ -39,14 +41,17 @@ def test_a_signal_is_noted_and_the_handlers_come_back(number):
     with Stop(World()) as stop:
         assert not stop.agreed()
         ask(number)
-        ask(number)  # Slurm repeats itself
+        # Slurm repeats itself
+        ask(number)
         assert stop.agreed()
     assert signal.getsignal(number) == before
 
 
 def test_a_signal_from_before_the_handlers_is_not_lost():
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # as slurm/common.sh starts the processes
-    signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # other threads of the test's process do not block it
+    # as slurm/common.sh starts the processes
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    # other threads of the test's process do not block it
+    signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
     with Stop(World()) as stop:
         assert stop.asked
 
@@ -59,13 +64,20 @@ def test_where_nothing_is_to_be_saved_it_ends_at_once():
     assert left.value.code == REQUEUE
     with Stop(World()) as stop:
         ask()
-        with pytest.raises(SystemExit), stop.at_once():  # asked before the block
+        # asked before the block
+        with pytest.raises(SystemExit), stop.at_once():
             raise AssertionError("went on")
 
 
-@pytest.mark.parametrize(("owner", "name", "saved"), [(checkpoint, "_store", 3), (loop, "evaluate", 11)])
-def test_a_signal_during_a_save_or_an_evaluation(prepared, tmp_path, monkeypatch, owner, name, saved):
-    """A save is finished first; an evaluation is left, and is what the next start begins with. Nothing is missing or twice."""
+@pytest.mark.parametrize(
+    ("owner", "name", "saved"), [(checkpoint, "_store", 3), (loop, "evaluate", 11)]
+)
+def test_a_signal_during_a_save_or_an_evaluation(
+    prepared, tmp_path, monkeypatch, owner, name, saved
+):
+    """A save is finished first; an evaluation is left, and is what the next start begins with.
+    Nothing is missing or twice.
+    """
     recipe = small_recipe(prepared, runs=str(tmp_path), training__checkpoint_every_updates=3)
     original = getattr(owner, name)
 
@@ -84,40 +96,72 @@ def test_a_signal_during_a_save_or_an_evaluation(prepared, tmp_path, monkeypatch
         assert not any(key == "val/top1" for key, _, _ in history(recipe))
         loop.train(recipe, world)
     assert [step for key, step, _ in history(recipe) if key == "val/top1"] == [1, 2]
-    assert [step for key, step, _ in history(recipe) if key == "train/loss"] == [128 * update for update in range(1, 23)]
+    assert [step for key, step, _ in history(recipe) if key == "train/loss"] == [
+        128 * update for update in range(1, 23)
+    ]
 
 
 def test_one_process_of_two_is_asked_and_both_stop_at_one_update(prepared, tmp_path):
-    changes = dict(model__name="coda_resnet20", model__args={"rank": 2}, runs=str(tmp_path), training__epochs=300)
+    changes = dict(
+        model__name="coda_resnet20",
+        model__args={"rank": 2},
+        runs=str(tmp_path),
+        training__epochs=300,
+    )
     recipe = small_recipe(prepared, name="asked", **changes)
     launcher = command(recipe, tmp_path, processes=2)
-    wait_for(lambda: (recipe.folder / "journal.jsonl").exists() and "train/loss" in (recipe.folder / "journal.jsonl").read_text())
-    second = [pid for pid in children(launcher.pid) if b"LOCAL_RANK=1\0" in open(f"/proc/{pid}/environ", "rb").read()]
+    wait_for(
+        lambda: (
+            (recipe.folder / "journal.jsonl").exists()
+            and "train/loss" in (recipe.folder / "journal.jsonl").read_text()
+        )
+    )
+    second = [
+        pid
+        for pid in children(launcher.pid)
+        if b"LOCAL_RANK=1\0" in open(f"/proc/{pid}/environ", "rb").read()
+    ]
     os.kill(second[0], signal.SIGUSR1)
     launcher.wait(120)
     log = (tmp_path / "asked.log").read_text()
     assert f"exitcode  : {REQUEUE}" in log
-    last = max(step for name, step, _ in history(recipe) if name == "train/loss") // recipe.training.global_batch_size
+    last = (
+        max(step for name, step, _ in history(recipe) if name == "train/loss")
+        // recipe.training.global_batch_size
+    )
     assert (recipe.folder / "checkpoints" / f"update-{last}").is_dir()
     assert f"asked to stop: saved at update {last} of 3300" in log
     assert not (recipe.folder / "first_error.txt").exists()
 
 
 def children(process):
-    return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True).stdout.split()]
+    return [
+        int(pid)
+        for pid in subprocess.run(
+            ["pgrep", "-P", str(process)], capture_output=True, text=True
+        ).stdout.split()
+    ]
 
 
 def test_the_first_error_of_any_process_stands_in_one_file(tmp_path):
-    first, second = World(rank=1, size=2, incarnation="slurm-3.0"), World(rank=0, size=2, incarnation="slurm-3.0")
+    first, second = (
+        World(rank=1, size=2, incarnation="slurm-3.0"),
+        World(rank=0, size=2, incarnation="slurm-3.0"),
+    )
     for world, message in ((first, "the cause"), (second, "connection lost")):
         with pytest.raises(RuntimeError), first_error(tmp_path, world, Stop(world)):
             raise RuntimeError(message)
     text = (tmp_path / "first_error.txt").read_text()
-    assert text.startswith("process 1 of 2, slurm-3.0, ") and "RuntimeError: the cause" in text and "connection lost" not in text
+    assert (
+        text.startswith("process 1 of 2, slurm-3.0, ")
+        and "RuntimeError: the cause" in text
+        and "connection lost" not in text
+    )
     again = World(rank=0, size=2, incarnation="slurm-3.1")
     with pytest.raises(RuntimeError), first_error(tmp_path, again, Stop(again)):
         raise RuntimeError("another")
-    assert "RuntimeError: another" in (tmp_path / "first_error.txt").read_text()  # of the newest start
+    # of the newest start
+    assert "RuntimeError: another" in (tmp_path / "first_error.txt").read_text()
     with first_error(tmp_path, again, Stop(again)):
         pass
     assert not list(tmp_path.iterdir())
@@ -128,7 +172,8 @@ def test_a_mistake_found_before_there_is_a_run_leaves_none(tmp_path):
     with pytest.raises(UserError), first_error(folder, World(), Stop(World())):
         raise UserError("no such model")
     assert not folder.exists()
-    with pytest.raises(RuntimeError), first_error(folder, World(), Stop(World())):  # what the user cannot foresee is kept
+    # what the user cannot foresee is kept
+    with pytest.raises(RuntimeError), first_error(folder, World(), Stop(World())):
         raise RuntimeError("out of memory")
     assert "out of memory" in (folder / "first_error.txt").read_text()
 
@@ -154,7 +199,11 @@ def test_a_connection_lost_while_stopping_is_no_error(tmp_path):
     assert results.get() == REQUEUE and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("error", [KeyError("step"), RuntimeError("shapes differ"), torch.OutOfMemoryError("no memory")], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("step"), RuntimeError("shapes differ"), torch.OutOfMemoryError("no memory")],
+    ids=repr,
+)
 def test_any_other_error_while_stopping_is_kept(tmp_path, error):
     with Stop(World()) as stop, pytest.raises(type(error)), first_error(tmp_path, World(), stop):
         ask()
@@ -180,7 +229,9 @@ def test_a_process_that_hangs_says_where_by_itself_and_when_asked(tmp_path):
     process.stdout.readline()
     process.send_signal(signal.SIGUSR2)
     assert process.wait(60) == 0
-    asked, sign, by_itself = (tmp_path / "stacks" / "alone-rank-0.txt").read_text().partition("Timeout (0:00:01.8")
+    asked, sign, by_itself = (
+        (tmp_path / "stacks" / "alone-rank-0.txt").read_text().partition("Timeout (0:00:01.8")
+    )
     assert sign and "stuck_here" in asked and "stuck_here" in by_itself
 
 

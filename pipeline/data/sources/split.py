@@ -1,4 +1,6 @@
-"""One split of a source: labels, and images that are read one by one. Splits are shared with forked processes."""
+"""One split of a source: labels, and images that are read one by one. Splits are shared with forked
+processes.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -16,7 +18,10 @@ class Split:
 
     classes: tuple[str, ...]
     labels: np.ndarray  # (N,) int64
-    fixed_size: bool  # True: stored as squares of data.image_size; False: their size varies and the loader crops them
+    fixed_size: bool
+    """True: stored as squares of data.image_size; False: their size varies and the loader crops
+    them.
+    """
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -35,8 +40,12 @@ class Split:
         raise NotImplementedError
 
     def identity(self) -> str:
-        """A hash of classes, labels and places of the images, by which an interrupted writing recognises its source."""
-        digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape") + self.labels.tobytes())
+        """A hash of classes, labels and places of the images, by which an interrupted writing
+        recognises its source.
+        """
+        digest = hashlib.sha256(
+            "\0".join(self.classes).encode(errors="surrogateescape") + self.labels.tobytes()
+        )
         for index in range(len(self)):
             digest.update(self.describe(index).encode(errors="surrogateescape") + b"\0")
         return digest.hexdigest()
@@ -61,7 +70,8 @@ class FileSplit(Split):
     """Images that are files."""
 
     root: Path
-    names: tuple[str, ...]  # relative to ``root``, or absolute
+    names: tuple[str, ...]
+    """Relative to ``root``, or absolute."""
 
     def read(self, index: int) -> Image.Image:
         return decode(read_file(self.root / self.names[index]))
@@ -76,7 +86,8 @@ class TarSplit(Split):
 
     tars: tuple[Path, ...]
     names: tuple[str, ...]
-    extents: np.ndarray  # (N, 3) int64: number of the tar, offset and length of each member's bytes
+    extents: np.ndarray
+    """(N, 3) int64: number of the tar, offset and length of each member's bytes."""
 
     def read(self, index: int) -> Image.Image:
         tar, offset, length = self.extents[index]

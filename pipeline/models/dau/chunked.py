@@ -1,20 +1,25 @@
-"""Dynamic Alignment Units in plain PyTorch, through chunks of positions (arXiv 2109.13004, eq. 1-4).
+"""Dynamic Alignment Units in plain PyTorch, through chunks of positions (arXiv 2109.13004, eq.
+1-4).
 
 For a patch x of d values, its projection z = B x of r values, and unit o,
 
     w_o = A_o z + b_o,    dot_o = <w_o, x>,    norm2_o = <w_o, w_o>.
 
-All w_o of all positions together are N x d x O numbers, hundreds of times the input. Two exact formulations avoid them:
+All w_o of all positions together are N x d x O numbers, hundreds of times the input. Two exact
+formulations avoid them:
 
 * by unit:  w_o of a chunk, one unit at a time, n x d numbers.
-* by rank:  dot_o = <A_o^T x, z> + <b_o, x> and norm2_o = |R_o [z, 1]|^2 with [A_o, b_o] = Q_o R_o; the products of a chunk are
-  n x r x O numbers. R_o keeps the accuracy that the Gram matrix G_o = [A_o, b_o]^T [A_o, b_o] would lose when z lies in a weak
-  direction of A_o. The gradients go through G_o, which errs little there: it is only multiplied once.
+* by rank:  dot_o = <A_o^T x, z> + <b_o, x> and norm2_o = |R_o [z, 1]|^2 with [A_o, b_o] = Q_o R_o;
+  the products of a chunk are n x r x O numbers. R_o keeps the accuracy that the Gram matrix G_o =
+  [A_o, b_o]^T [A_o, b_o] would lose when z lies in a weak direction of A_o. The gradients go
+  through G_o, which errs little there: it is only multiplied once.
 
-With P = 2 N d r O and Q = 2 N r^2 O operations a training step takes 4 P by unit and 4 P + 3 Q by rank, nearly all of it in matrix
-products, and besides 7 passes over N d O numbers by unit, over N r O by rank. By rank is for low ranks.
+With P = 2 N d r O and Q = 2 N r^2 O operations a training step takes 4 P by unit and 4 P + 3 Q by
+rank, nearly all of it in matrix products, and besides 7 passes over N d O numbers by unit, over N r
+O by rank. By rank is for low ranks.
 
-Legend: N positions, n positions of a chunk, d values of a patch, r rank, O units, K targets, a = dL/d dot, c = 2 dL/d norm2.
+Legend: N positions, n positions of a chunk, d values of a patch, r rank, O units, K targets, a =
+    dL/d dot, c = 2 dL/d norm2.
 """
 
 from collections.abc import Iterator
@@ -22,15 +27,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CHUNK_NUMBERS = 2**20  # of one temporary of a chunk; 4 MiB in fp32 stays in a CPU's last-level cache
-CHUNK_NUMBERS_CUDA = 2**26  # large products keep a GPU busy; not measured
-PASS_COST = 8  # of a pass over a temporary, in multiply-adds of a matrix product per number; measured on a CPU
-FACTOR_COST = 40  # of the QR factorisation, in the same per number and column; it is far from the speed of a product
+# of one temporary of a chunk; 4 MiB in fp32 stays in a CPU's last-level cache
+CHUNK_NUMBERS = 2**20
+# large products keep a GPU busy; not measured
+CHUNK_NUMBERS_CUDA = 2**26
+# of a pass over a temporary, in multiply-adds of a matrix product per number; measured on a CPU
+PASS_COST = 8
+# of the QR factorisation, in the same per number and column; it is far from the speed of a product
+FACTOR_COST = 40
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def forward(rows: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, with_norm: bool) -> tuple[Tensor, Tensor | None]:
+def forward(
+    rows: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, with_norm: bool
+) -> tuple[Tensor, Tensor | None]:
     """Dot products and squared weight norms of every unit at every position.
 
     Args:
@@ -38,7 +49,8 @@ def forward(rows: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, with_n
         z: projections, (N, r).
         weight: A, (O, d, r).
         bias: b, (O, d), or None.
-        with_norm: whether norm2 is wanted; it costs more than the dot product where r is close to d.
+        with_norm: whether norm2 is wanted; it costs more than the dot product where r is close to
+            d.
 
     Returns:
         dot (N, O) and norm2 (N, O) or None, accumulated in fp32 for bf16 operands.
@@ -62,18 +74,25 @@ def backward(
         rows, z, weight, bias: the arguments of :func:`forward`.
         grad_dot: dL/d dot, (N, O).
         grad_norm2: dL/d norm2, (N, O), or None.
-        needs: whether the gradients of rows, z, weight and bias are wanted. The first alone is explanation mode.
+        needs: whether the gradients of rows, z, weight and bias are wanted. The first alone is
+            explanation mode.
     """
     if not any(needs[1:]):
         return (explain(z, weight, bias, grad_dot[None])[0] if needs[0] else None), None, None, None
-    run = _backward_by_rank if _prefer_rank(weight, rows, grad_norm2 is not None) else _backward_by_unit
+    run = (
+        _backward_by_rank
+        if _prefer_rank(weight, rows, grad_norm2 is not None)
+        else _backward_by_unit
+    )
     return run(rows, z, weight, bias, grad_dot, grad_norm2, needs)
 
 
 def explain(z: Tensor, weight: Tensor, bias: Tensor | None, grad_dot: Tensor) -> Tensor:
-    """sum_o a_o w_o for several targets at once, the whole backward pass in explanation mode: (K, N, O) -> (K, N, d).
+    """sum_o a_o w_o for several targets at once, the whole backward pass in explanation mode: (K,
+    N, O) -> (K, N, d).
 
-    By rank every target costs a matrix product. By unit w is formed once and a target costs one pass over it.
+    By rank every target costs a matrix product. By unit w is formed once and a target costs one
+    pass over it.
     """
     targets, units, rank = len(grad_dot), len(weight), weight.shape[2]
     out = grad_dot.new_zeros(targets, len(z), weight.shape[1])
@@ -81,7 +100,9 @@ def explain(z: Tensor, weight: Tensor, bias: Tensor | None, grad_dot: Tensor) ->
         flat_t = _flat(weight).t()
         for part, outer in _chunks(z, rank * units):
             for k in range(targets):
-                torch.mul(z[part, :, None], grad_dot[k, part, None], out=outer.view(-1, rank, units))
+                torch.mul(
+                    z[part, :, None], grad_dot[k, part, None], out=outer.view(-1, rank, units)
+                )
                 _add_product(out[k, part], outer, flat_t)
                 if bias is not None:
                     _add_product(out[k, part], grad_dot[k, part].to(bias.dtype), bias)
@@ -95,17 +116,24 @@ def explain(z: Tensor, weight: Tensor, bias: Tensor | None, grad_dot: Tensor) ->
 
 
 def _prefer_rank(weight: Tensor, rows: Tensor, with_norm: bool) -> bool:
-    """Whether by rank costs less; both are counted in multiply-adds per position and unit, beyond the 4 P that they share.
+    """Whether by rank costs less; both are counted in multiply-adds per position and unit, beyond
+    the 4 P that they share.
 
     bf16 always goes by rank, whose norm is computed apart, in fp32.
     """
     _, values, rank = weight.shape
-    of_norm = 3 * (rank + 1) ** 2 + FACTOR_COST * values * (rank + 1) ** 2 / max(1, len(rows)) if with_norm else 0
+    of_norm = (
+        3 * (rank + 1) ** 2 + FACTOR_COST * values * (rank + 1) ** 2 / max(1, len(rows))
+        if with_norm
+        else 0
+    )
     return 7 * PASS_COST * rank + of_norm < 7 * PASS_COST * values or rows.dtype == torch.bfloat16
 
 
 def _chunks(z: Tensor, width: int) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks of positions, each with one and the same buffer of ``width`` numbers per position, in the dtype of ``z``."""
+    """Chunks of positions, each with one and the same buffer of ``width`` numbers per position, in
+    the dtype of ``z``.
+    """
     budget = CHUNK_NUMBERS_CUDA if z.is_cuda else CHUNK_NUMBERS
     step = min(max(64, budget // width), len(z))
     buffer = z.new_empty(step, width)
@@ -127,7 +155,9 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _flat(weight: Tensor) -> Tensor:
-    """(O, i, j) -> (i, j * O): one matrix product serves all units, and sums over j run along contiguous units."""
+    """(O, i, j) -> (i, j * O): one matrix product serves all units, and sums over j run along
+    contiguous units.
+    """
     return weight.permute(1, 2, 0).reshape(weight.shape[1], -1)
 
 
@@ -143,22 +173,31 @@ def _homogeneous(z: Tensor, bias: Tensor | None) -> Tensor:
     return z if bias is None else torch.cat([z, z.new_ones(len(z), 1)], 1)
 
 
-def _forward_by_rank(rows: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, with_norm: bool) -> tuple[Tensor, Tensor | None]:
+def _forward_by_rank(
+    rows: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, with_norm: bool
+) -> tuple[Tensor, Tensor | None]:
     units, rank = len(weight), weight.shape[2]
     exact = _accumulator(rows.dtype)
-    dot = rows.new_zeros(len(rows), units, dtype=exact) if bias is None else (rows @ bias.t()).to(exact)
+    dot = (
+        rows.new_zeros(len(rows), units, dtype=exact)
+        if bias is None
+        else (rows @ bias.t()).to(exact)
+    )
     flat = _flat(weight)
     for part, products in _chunks(rows, flat.shape[1]):
-        torch.mm(rows[part], flat, out=products)  # A_o^T x
+        # A_o^T x
+        torch.mm(rows[part], flat, out=products)
         dot[part] += products.view(-1, rank, units).mul_(z[part, :, None]).sum(1, dtype=exact)
     if not with_norm:
         return dot, None
     norm2 = torch.empty_like(dot)
     z1 = _homogeneous(z, bias)
-    triangular = torch.linalg.qr(_with_bias(weight, bias), mode="r").R  # (O, min(d, r'), r')
+    # (O, min(d, r'), r')
+    triangular = torch.linalg.qr(_with_bias(weight, bias), mode="r").R
     factor = _flat(triangular.transpose(1, 2))
     for part, images in _chunks(z1, factor.shape[1]):
-        torch.mm(z1[part], factor, out=images)  # R_o [z, 1]
+        # R_o [z, 1]
+        torch.mm(z1[part], factor, out=images)
         torch.sum(images.square_().view(len(images), -1, units), 1, out=norm2[part])
     return dot, norm2
 
@@ -193,7 +232,11 @@ def _backward_by_rank(
             _add_product(grad_rows[part], products, flat.t())
         if grad_flat is not None:
             _add_product(grad_flat, rows[part].t(), products)
-    grad_weight = None if grad_flat is None else grad_flat.view(values, rank, units).permute(2, 0, 1).contiguous()
+    grad_weight = (
+        None
+        if grad_flat is None
+        else grad_flat.view(values, rank, units).permute(2, 0, 1).contiguous()
+    )
     if grad_norm2 is not None:
         _add_gradients_of_norm2(z, weight, bias, grad_norm2, grad_z, grad_weight, grad_bias)
     return grad_rows, grad_z, grad_weight, grad_bias
@@ -208,13 +251,18 @@ def _add_gradients_of_norm2(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """Add sum_o c_o G_o [z, 1] to dL/dz, and [A_o, b_o] sum_n c_o [z, 1] [z, 1]^T to dL/d[A_o, b_o], unless they are None."""
+    """Add sum_o c_o G_o [z, 1] to dL/dz, and [A_o, b_o] sum_n c_o [z, 1] [z, 1]^T to dL/d[A_o,
+    b_o], unless they are None.
+    """
     units, rank = len(weight), weight.shape[2]
     z1, full = _homogeneous(z, bias), _with_bias(weight, bias)
-    gram = (full.transpose(1, 2) @ full)[:, :, :rank].permute(1, 0, 2).reshape(-1, rank)  # (r' * O, r)
+    # (r' * O, r)
+    gram = (full.transpose(1, 2) @ full)[:, :, :rank].permute(1, 0, 2).reshape(-1, rank)
     moments = z1.new_zeros(z1.shape[1], len(gram))
     for part, outer in _chunks(z1, len(gram)):
-        torch.mul(z1[part, :, None], 2 * grad_norm2[part, None, :], out=outer.view(-1, z1.shape[1], units))
+        torch.mul(
+            z1[part, :, None], 2 * grad_norm2[part, None, :], out=outer.view(-1, z1.shape[1], units)
+        )
         if grad_z is not None:
             grad_z[part].addmm_(outer, gram)
         if grad_weight is not None or grad_bias is not None:
@@ -228,7 +276,9 @@ def _add_gradients_of_norm2(
         grad_bias += of_full[:, :, rank]
 
 
-def _forward_by_unit(rows: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, with_norm: bool) -> tuple[Tensor, Tensor | None]:
+def _forward_by_unit(
+    rows: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, with_norm: bool
+) -> tuple[Tensor, Tensor | None]:
     dot = rows.new_empty(len(weight), len(rows))
     norm2 = torch.empty_like(dot) if with_norm else None
     for part, w in _chunks(rows, rows.shape[1]):
@@ -266,7 +316,8 @@ def _backward_by_unit(
             if grad_z is not None:
                 grad_z[part].addmm_(w, weight[unit])
             if grad_weight is not None and part.start == 0:
-                torch.mm(w.t(), z[part], out=grad_weight[unit])  # not added to zeros: A has more numbers than a chunk where r is high
+                # not added to zeros: A has more numbers than a chunk where r is high
+                torch.mm(w.t(), z[part], out=grad_weight[unit])
             elif grad_weight is not None:
                 grad_weight[unit].addmm_(w.t(), z[part])
     if not needs_bias:
@@ -277,7 +328,8 @@ def _backward_by_unit(
         c = 2 * grad_norm2.t()  # (O, N)
         grad_bias.addcmul_(bias, c.sum(1, keepdim=True))
         for of_unit, a_o, moment in zip(grad_bias, weight, c @ z, strict=True):
-            of_unit.addmv_(a_o, moment)  # bmm is several times slower at this
+            # bmm is several times slower at this
+            of_unit.addmv_(a_o, moment)
     return grad_rows, grad_z, grad_weight, grad_bias
 
 
@@ -285,4 +337,5 @@ def _weights(z: Tensor, weight: Tensor, bias: Tensor | None, unit: int, out: Ten
     """w_o of one unit at the positions of ``z`` (n, r), into ``out`` (n, d)."""
     torch.mm(z, weight[unit].t(), out=out)
     if bias is not None:
-        out += bias[unit]  # cheaper than addmm, which fills ``out`` with the bias first and reads it again
+        # cheaper than addmm, which fills ``out`` with the bias first and reads it again
+        out += bias[unit]

@@ -1,18 +1,22 @@
-"""Dynamic Alignment Units on CUDA: launchers of the Triton kernels in ``fused_kernels`` (arXiv 2109.13004, eq. 1-4).
+"""Dynamic Alignment Units on CUDA: launchers of the Triton kernels in ``fused_kernels`` (arXiv
+2109.13004, eq. 1-4).
 
-With w_o = A_o z + b_o, a = dL/d dot and c = 2 dL/d norm2, both (N, O), everything is a matrix product over the units:
+With w_o = A_o z + b_o, a = dL/d dot and c = 2 dL/d norm2, both (N, O), everything is a matrix
+product over the units:
 
-    dot_o = <w_o, x>, norm2_o = <w_o, w_o>                        forward: w_o stays in registers, by blocks
-    grad_rows = sum_o a_o (A_o z + b_o)                           all of the backward pass in explanation mode
-    grad_z    = sum_o a_o A_o^T x + c_o (G_o z + A_o^T b_o)       G_o = A_o^T A_o
-    grad_A_o  = sum_n a_o x z^T + A_o M_o + b_o h_o^T             M_o = sum_n c_o z z^T, h_o = sum_n c_o z
-    grad_b_o  = sum_n a_o x + A_o h_o + b_o sum_n c_o
+    dot_o = <w_o, x>, norm2_o = <w_o, w_o>                        forward: w_o stays in registers,
+    by blocks grad_rows = sum_o a_o (A_o z + b_o)                           all of the backward pass
+    in explanation mode grad_z    = sum_o a_o A_o^T x + c_o (G_o z + A_o^T b_o)       G_o = A_o^T
+    A_o grad_A_o  = sum_n a_o x z^T + A_o M_o + b_o h_o^T             M_o = sum_n c_o z z^T, h_o =
+    sum_n c_o z grad_b_o  = sum_n a_o x + A_o h_o + b_o sum_n c_o
 
-No w is computed twice: 4 P + 2 Q operations with P = 2 N D R O and Q = 2 N R^2 O, against 5 P where the backward pass recomputes
-w. A Gram matrix ruins a norm where z lies in a weak direction of A_o, but hardly its gradient: G_o z errs about 4 times as much
-as A_o^T (A_o z), whatever the condition of A_o. Everything is summed in fp32 and in a fixed order. The speed is not measured on a GPU.
+No w is computed twice: 4 P + 2 Q operations with P = 2 N D R O and Q = 2 N R^2 O, against 5 P where
+the backward pass recomputes w. A Gram matrix ruins a norm where z lies in a weak direction of A_o,
+but hardly its gradient: G_o z errs about 4 times as much as A_o^T (A_o z), whatever the condition
+of A_o. Everything is summed in fp32 and in a fixed order. The speed is not measured on a GPU.
 
-Legend: N positions, D values of a patch, R rank, O units. Triton itself is imported at the first launch: the module imports
+Legend: N positions, D values of a patch, R rank, O units. Triton itself is imported at the first
+    launch: the module imports
 without it.
 """
 
@@ -24,11 +28,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-MAX_RANK = 256  # what is compiled and checked for spills; more is left to plain PyTorch
-DTYPES = (torch.float32, torch.bfloat16)  # of the operands
+# what is compiled and checked for spills; more is left to plain PyTorch
+MAX_RANK = 256
+# of the operands
+DTYPES = (torch.float32, torch.bfloat16)
 OPTIONS = {"num_warps": 8, "num_stages": 2}
-OUTER_PROGRAMS = 512  # positions are split until a gradient of the weights keeps a large GPU busy; independent of the device
-MIN_SPAN = 1024  # positions of a split
+# positions are split until a gradient of the weights keeps a large GPU busy; independent of the
+# device
+OUTER_PROGRAMS = 512
+# positions of a split
+MIN_SPAN = 1024
 
 
 @dataclass(frozen=True)
@@ -41,61 +50,106 @@ class Launch:
     options: dict[str, int] = field(default_factory=OPTIONS.copy)
 
 
-def launches(positions: int, values: int, rank: int, units: int, precision: str) -> dict[str, Launch]:
+def launches(
+    positions: int, values: int, rank: int, units: int, precision: str
+) -> dict[str, Launch]:
     """Every launch of a layer by its purpose; ``precision`` as in :func:`dot_precision`."""
 
     def mix(depth: int, columns: int, stride_depth: int, stride_columns: int) -> Launch:
         block_k, block_c = _block(depth, 16 if thrice else 64), _block(columns, 64)
         block_n = 128 if min(block_k, block_c) == 64 else 64
         blocks = dict(BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_C=block_c)
-        shape = dict(K=depth, C=columns, UNITS=units, STRIDE_K=stride_depth, STRIDE_C=stride_columns)
+        shape = dict(
+            K=depth, C=columns, UNITS=units, STRIDE_K=stride_depth, STRIDE_C=stride_columns
+        )
         grid = (math.ceil(positions / block_n), math.ceil(columns / block_c), 1)
-        # left to itself, ptxas spills in narrow blocks to bring them down to 128 registers, which these kernels do not need
+        # left to itself, ptxas spills in narrow blocks to bring them down to 128 registers, which
+        # these kernels do not need
         limit = {"maxnreg": 255} if block_c < 64 else {}
-        return Launch("mix_kernel", {**shape, **blocks, "PRECISION": precision}, grid, OPTIONS | limit)
+        return Launch(
+            "mix_kernel", {**shape, **blocks, "PRECISION": precision}, grid, OPTIONS | limit
+        )
 
     def outer(height: int, width: int) -> Launch:
-        blocks = dict(BLOCK_N=32, BLOCK_D=_block(height, 64 if thrice else 128), BLOCK_R=_block(width, 64 if thrice else 128))
+        blocks = dict(
+            BLOCK_N=32,
+            BLOCK_D=_block(height, 64 if thrice else 128),
+            BLOCK_R=_block(width, 64 if thrice else 128),
+        )
         tiles = math.ceil(height / blocks["BLOCK_D"]) * math.ceil(width / blocks["BLOCK_R"])
         splits = max(1, min(math.ceil(OUTER_PROGRAMS / (tiles * units)), positions // MIN_SPAN))
-        return Launch("outer_kernel", {"D": height, "R": width, "UNITS": units, **blocks, "PRECISION": precision}, (tiles, units, splits))
+        return Launch(
+            "outer_kernel",
+            {"D": height, "R": width, "UNITS": units, **blocks, "PRECISION": precision},
+            (tiles, units, splits),
+        )
 
-    thrice = precision == "tf32x3"  # holds every operand in two parts: smaller blocks
+    # holds every operand in two parts: smaller blocks
+    thrice = precision == "tf32x3"
     block_n = 64 if thrice else 128
-    blocks = dict(BLOCK_N=block_n, BLOCK_D=_block(values, 32 if thrice else 64), BLOCK_R=_block(rank, 32 if thrice else 64), BLOCK_O=16)
-    constants: dict[str, int | str] = {"D": values, "R": rank, "UNITS": units, **blocks, "PRECISION": precision}
+    blocks = dict(
+        BLOCK_N=block_n,
+        BLOCK_D=_block(values, 32 if thrice else 64),
+        BLOCK_R=_block(rank, 32 if thrice else 64),
+        BLOCK_O=16,
+    )
+    constants: dict[str, int | str] = {
+        "D": values,
+        "R": rank,
+        "UNITS": units,
+        **blocks,
+        "PRECISION": precision,
+    }
     return {
-        "forward": Launch("forward_kernel", constants, (math.ceil(positions / block_n), math.ceil(units / 16), 1)),
-        "grad_rows": mix(rank, values, 1, rank),  # M_o = A_o^T
-        "grad_z": mix(values, rank, rank, 1),  # M_o = A_o
-        "grad_z of norm2": mix(rank, rank, rank, 1),  # M_o = G_o
+        "forward": Launch(
+            "forward_kernel", constants, (math.ceil(positions / block_n), math.ceil(units / 16), 1)
+        ),
+        # M_o = A_o^T
+        "grad_rows": mix(rank, values, 1, rank),
+        # M_o = A_o
+        "grad_z": mix(values, rank, rank, 1),
+        # M_o = G_o
+        "grad_z of norm2": mix(rank, rank, rank, 1),
         "grad_weight": outer(values, rank),
         "grad_weight of norm2": outer(rank, rank),
     }
 
 
 def _block(size: int, largest: int) -> int:
-    """The largest power of two from 16 to ``largest`` that pads ``size`` by at most an eighth, else the one that pads least."""
+    """The largest power of two from 16 to ``largest`` that pads ``size`` by at most an eighth, else
+    the one that pads least.
+    """
     blocks = [2**power for power in range(largest.bit_length() - 1, 3, -1)]
     padded = {block: math.ceil(size / block) * block for block in blocks}
-    return next((block for block in blocks if 8 * padded[block] <= 9 * size), min(blocks, key=lambda block: padded[block]))
+    return next(
+        (block for block in blocks if 8 * padded[block] <= 9 * size),
+        min(blocks, key=lambda block: padded[block]),
+    )
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How products are formed: of fp32 operands by TF32 where torch may use it, else by three TF32 products, as accurate as fp32."""
+    """How products are formed: of fp32 operands by TF32 where torch may use it, else by three TF32
+    products, as accurate as fp32.
+    """
     exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
-    return "tf32x3" if exact else "tf32"  # without meaning for bf16 operands
+    # without meaning for bf16 operands
+    return "tf32x3" if exact else "tf32"
 
 
 def _run(launch: Launch, **arguments: Tensor | int | None) -> None:
-    from pipeline.models.dau import fused_kernels  # needs triton
+    # needs triton
+    from pipeline.models.dau import fused_kernels
 
     kernel = getattr(fused_kernels, launch.kernel)
-    with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
+    with torch.cuda.device_of(
+        next(value for value in arguments.values() if isinstance(value, Tensor))
+    ):
         kernel[launch.grid](**arguments, **launch.constants, **launch.options)
 
 
-def forward(rows: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, with_norm: bool) -> tuple[Tensor, Tensor | None]:
+def forward(
+    rows: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, with_norm: bool
+) -> tuple[Tensor, Tensor | None]:
     """Dot products and squared weight norms of every unit at every position.
 
     Args:
@@ -106,7 +160,8 @@ def forward(rows: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, with_n
         with_norm: whether norm2 is wanted.
 
     Returns:
-        dot (N, O) and norm2 (N, O) or None, fp32, with neighbouring positions next to each other in memory.
+        dot (N, O) and norm2 (N, O) or None, fp32, with neighbouring positions next to each other in
+        memory.
     """
     units, values, rank = weight.shape
     dot = torch.empty(units, len(rows), dtype=torch.float32, device=rows.device)
@@ -137,8 +192,11 @@ def backward(
     """
     needs_rows, needs_z, needs_weight, needs_bias = needs
     rows, z, weight = rows.contiguous(), z.contiguous(), weight.contiguous()
-    plan = launches(len(rows), weight.shape[1], weight.shape[2], len(weight), dot_precision(rows.dtype))
-    a = grad_dot.t().float().contiguous()  # (O, N): a unit's factors are read by neighbouring positions
+    plan = launches(
+        len(rows), weight.shape[1], weight.shape[2], len(weight), dot_precision(rows.dtype)
+    )
+    # (O, N): a unit's factors are read by neighbouring positions
+    a = grad_dot.t().float().contiguous()
     c = None if grad_norm2 is None else grad_norm2.t().float().mul(2).contiguous()
     grad_rows = grad_z = grad_weight = grad_bias = None
     if needs_rows:
@@ -151,12 +209,23 @@ def backward(
     if needs_bias:
         grad_bias = a @ rows.float()
     if c is not None and (needs_z or needs_weight or needs_bias):
-        _add_gradients_of_norm2(plan, z.float(), weight.float(), None if bias is None else bias.float(), c, grad_z, grad_weight, grad_bias)
+        _add_gradients_of_norm2(
+            plan,
+            z.float(),
+            weight.float(),
+            None if bias is None else bias.float(),
+            c,
+            grad_z,
+            grad_weight,
+            grad_bias,
+        )
     return grad_rows, grad_z, grad_weight, grad_bias
 
 
 def explain(z: Tensor, weight: Tensor, bias: Tensor | None, grad_dot: Tensor) -> Tensor:
-    """sum_o a_o w_o for several targets, the whole backward pass in explanation mode: (K, N, O) -> (K, N, D), fp32."""
+    """sum_o a_o w_o for several targets, the whole backward pass in explanation mode: (K, N, O) ->
+    (K, N, D), fp32.
+    """
     z, weight = z.contiguous(), weight.contiguous()
     units, values, rank = weight.shape
     launch = launches(len(z), values, rank, units, dot_precision(z.dtype))["grad_rows"]
@@ -164,7 +233,14 @@ def explain(z: Tensor, weight: Tensor, bias: Tensor | None, grad_dot: Tensor) ->
     for target, out in zip(grad_dot.float(), grad_rows, strict=True):
         if bias is not None:
             torch.mm(target, bias.float(), out=out)
-        _run(launch, left=z, scale=target.t().contiguous(), matrices=weight, out=out, positions=len(z))
+        _run(
+            launch,
+            left=z,
+            scale=target.t().contiguous(),
+            matrices=weight,
+            out=out,
+            positions=len(z),
+        )
     return grad_rows
 
 
@@ -178,7 +254,9 @@ def _add_gradients_of_norm2(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """Add what c (O, N) contributes to those gradients that are not None. Operands in fp32: a bf16 Gram matrix is too coarse."""
+    """Add what c (O, N) contributes to those gradients that are not None. Operands in fp32: a bf16
+    Gram matrix is too coarse.
+    """
     h = c @ z  # (O, R)
     if grad_z is not None:
         gram = weight.transpose(1, 2) @ weight  # (O, R, R)
@@ -196,35 +274,60 @@ def _add_gradients_of_norm2(
 def _outer(launch: Launch, rows: Tensor, z: Tensor, scale: Tensor) -> Tensor:
     """sum_n scale_on rows_n z_n^T, (O, D, R)."""
     splits = launch.grid[2]
-    parts = torch.empty(splits, len(scale), rows.shape[1], z.shape[1], dtype=torch.float32, device=rows.device)
-    _run(launch, rows=rows, z=z, scale=scale, out=parts, positions=len(rows), span=math.ceil(len(rows) / splits))
+    parts = torch.empty(
+        splits, len(scale), rows.shape[1], z.shape[1], dtype=torch.float32, device=rows.device
+    )
+    _run(
+        launch,
+        rows=rows,
+        z=z,
+        scale=scale,
+        out=parts,
+        positions=len(rows),
+        span=math.ceil(len(rows) / splits),
+    )
     return parts[0] if splits == 1 else parts.sum(0)
 
 
 @functools.cache
-def self_check(device: torch.device, dtype: torch.dtype, reference: Callable[..., tuple[Tensor, Tensor]]) -> str | None:
-    """Compare both passes and explanation mode with plain PyTorch on a small slice; once per process, device and dtype.
+def self_check(
+    device: torch.device, dtype: torch.dtype, reference: Callable[..., tuple[Tensor, Tensor]]
+) -> str | None:
+    """Compare both passes and explanation mode with plain PyTorch on a small slice; once per
+    process, device and dtype.
 
     Args:
         device: a CUDA device.
         dtype: of the operands, one of ``DTYPES``.
-        reference: differentiable, (rows, z, weight, bias) -> (dot, norm2), with the shapes of :func:`forward`; called in fp32.
+        reference: differentiable, (rows, z, weight, bias) -> (dot, norm2), with the shapes of
+            :func:`forward`; called in fp32.
 
     Returns:
         None if they agree, else one line that says why the kernels cannot be used. Never raises.
     """
     try:
         name = _difference(device, dtype, reference)
-    except Exception as error:  # no triton, no C compiler, too old a device or driver: each fails in its own way, all mean "do without"
+    except Exception as error:
+        # no triton, no C compiler, too old a device or driver: each fails in its own way, all mean
+        # "do without"
         lines = str(error).strip().splitlines()
         return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return f"{name} differs from plain PyTorch in {dtype}" if name else None
 
 
-def _difference(device: torch.device, dtype: torch.dtype, reference: Callable[..., tuple[Tensor, Tensor]]) -> str | None:
+def _difference(
+    device: torch.device, dtype: torch.dtype, reference: Callable[..., tuple[Tensor, Tensor]]
+) -> str | None:
     """The first result that is further than rounding from ``reference``, or None."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {"rows": (70, 40), "z": (70, 20), "weight": (17, 40, 20), "bias": (17, 40), "dot": (70, 17), "norm2": (70, 17)}
+    shapes = {
+        "rows": (70, 40),
+        "z": (70, 20),
+        "weight": (17, 40, 20),
+        "bias": (17, 40),
+        "dot": (70, 17),
+        "norm2": (70, 17),
+    }
     drawn = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes.values()]
     rows, z, weight, bias = drawn[:4]
     grad_dot, grad_norm2 = (cotangent.float() for cotangent in drawn[4:])
@@ -240,8 +343,11 @@ def _difference(device: torch.device, dtype: torch.dtype, reference: Callable[..
         strict=True,
     )
     ours["explanation"] = explain(z, weight, bias, grad_dot[None])[0]
-    for (name, ours_), theirs in zip(ours.items(), [*outputs, *gradients, explanation], strict=True):
+    for (name, ours_), theirs in zip(
+        ours.items(), [*outputs, *gradients, explanation], strict=True
+    ):
         assert ours_ is not None
-        if not (ours_ - theirs).norm() <= 1e-2 * theirs.norm():  # a NaN differs
+        # a NaN differs
+        if not (ours_ - theirs).norm() <= 1e-2 * theirs.norm():
             return name
     return None

@@ -1,4 +1,6 @@
-"""A slow, obviously right twin of DAUConv2d: forms every dynamic weight, as the published formula reads."""
+"""A slow, obviously right twin of DAUConv2d: forms every dynamic weight, as the published formula
+reads.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +11,14 @@ from pipeline.models.dau.layer import NORM2_FLOOR
 
 
 def twin(layer: DAUConv2d, x: Tensor) -> Tensor:
-    """Output of ``layer`` on ``x`` (B, C, H, W) from w_o = A_o z + b_o held for all positions and units at once."""
+    """Output of ``layer`` on ``x`` (B, C, H, W) from w_o = A_o z + b_o held for all positions and
+    units at once.
+    """
     k, s, p = layer.kernel_size, layer.stride, layer.padding
-    patches = F.unfold(x, k, stride=s, padding=p)  # (B, d, L), d ordered channel, row, column
-    patches = patches.unflatten(1, (-1, k * k)).transpose(1, 2).flatten(1, 2)  # as the layer orders it: row, column, channel
+    # (B, d, L), d ordered channel, row, column
+    patches = F.unfold(x, k, stride=s, padding=p)
+    # as the layer orders it: row, column, channel
+    patches = patches.unflatten(1, (-1, k * k)).transpose(1, 2).flatten(1, 2)
     z = torch.einsum("rd,bdl->brl", layer.down.weight.permute(0, 2, 3, 1).flatten(1), patches)
     w = torch.einsum("odr,brl->bodl", layer.up_weight, z)
     if layer.up_bias is not None:
@@ -21,7 +27,9 @@ def twin(layer: DAUConv2d, x: Tensor) -> Tensor:
         w = w.detach()
     dot = (w * patches[:, None]).sum(2)  # (B, O, L)
     if layer.norm == "wb":
-        norm2 = layer.up_weight.square().sum((1, 2))[None, :, None] * z.square().sum(1, keepdim=True)
+        norm2 = layer.up_weight.square().sum((1, 2))[None, :, None] * z.square().sum(
+            1, keepdim=True
+        )
         norm2 = norm2.detach() if layer.explaining else norm2
     else:
         norm2 = w.square().sum(2)
