@@ -15,6 +15,7 @@ import pipeline
 from pipeline.caches import use_local_caches
 from pipeline.errors import UserError, report, tracebacks_wanted
 from pipeline.files import AWAY, FAILING, FULL, PATH
+from pipeline.log import log_to_stderr
 from pipeline.recipe.ready_made import find_recipe, listing
 
 RECIPE = "YAML file, or the name of a ready-made recipe: see `coda recipes`"
@@ -33,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     line on stderr and 2; with CODA_TRACEBACK=1 the traceback is above that line. Any other error is
     raised.
     """
+    with log_to_stderr():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if [

@@ -9,12 +9,12 @@ BAR = r".*(\d+%\|.*\||\b\d+it \[).*"
 STDERR = (
     BAR,
     r"loading needs [\d.]+ GB \(\d+ x [\d.]+\), and [\d.]+ GB of page cache; [\d.]+ GB are available",
+    r"resumed \S+ at update \d+ of \d+",
     r"saved \S+/checkpoints/update-\d+: [\d.]+ [MG]B in [\d.]+ s",
-    r"pointing game: \d+ of \d+ grids of .*",
-    r"training.warmup_epochs .* is used, the same share as in .*",
+    r"warning: pointing game: \d+ of \d+ grids of .*",
+    r"warning: training.warmup_epochs .* is used, the same share as in .*",
 )
 STDOUT = (
-    r"resumed \S+ at update \d+ of \d+",
     r"run +top-1 .*",
     r"\S+ +(0\.\d+|1\.0+) +.*",
     r"Localisation: mean share in the right cell of \dx\d grids, chance \d.\d+\.",

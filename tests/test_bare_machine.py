@@ -80,7 +80,7 @@ def test_what_is_trained_and_evaluated_is_compared(folder):
         done = run([*CODA, *words], folder)
         assert done.returncode == 0, done.stderr
         assert noise(done.stderr, STDERR) == [] and noise(done.stdout, STDOUT) == []
-        assert ("resumed" in done.stdout) == (words[0] == "train")
+        assert ("resumed" in done.stderr) == (words[0] == "train")
 
 
 def test_a_new_warning_is_seen():

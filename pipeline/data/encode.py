@@ -8,10 +8,10 @@ for ever when an image is broken or a process dies; this one ends.
 
 import ctypes
 import errno
+import logging
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +35,8 @@ from pipeline.data.stored_size import fit
 from pipeline.errors import UserError
 from pipeline.images import BrokenImage
 from pipeline.recipe.schema import DataRecipe
+
+log = logging.getLogger(__name__)
 
 # at most so much work is lost when the machine fails
 SYNC_SECONDS = 1
@@ -164,7 +166,7 @@ class _Writing:
 
     def _report(self, message: Encoded) -> None:
         for index, reason in message.broken:
-            tqdm.write(f"{self.split.describe(index)}: {reason}", file=sys.stderr)
+            log.warning("%s: %s", self.split.describe(index), reason)
         if message.broken and self.fatal:
             index, reason = message.broken[0]
             more = (

@@ -5,8 +5,8 @@ which waits for ever after an error in its thread, hands out buffers that change
 numbers that cannot be repeated, and pads or drops samples.
 """
 
+import logging
 import os
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -23,6 +23,8 @@ from pipeline.data.beton import REMEDY
 from pipeline.data.decode import FLIP, HEIGHT, PLAN_COLUMNS, StoredImages
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # decoded or being decoded while the consumer works
 BATCHES_AHEAD = 3
@@ -191,8 +193,7 @@ def threads(workers: int) -> int:
     """
     available = min(len(os.sched_getaffinity(0)), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     if workers > available:
-        warnings.warn(
-            f"data.workers is {workers}, but this process may use only {available} processors",
-            stacklevel=2,
+        log.warning(
+            "data.workers is %d, but this process may use only %d processors", workers, available
         )
     return min(workers, available)

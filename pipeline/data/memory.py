@@ -4,6 +4,7 @@ Files are mapped, so pages that were read stay in the page cache, once for all p
 as long as there is room.
 """
 
+import logging
 import os
 import re
 import sys
@@ -18,6 +19,8 @@ from pipeline.data.manifest import open_manifest
 from pipeline.distributed import World, gather_across_ranks
 from pipeline.errors import UserError
 from pipeline.recipe.schema import Recipe
+
+log = logging.getLogger(__name__)
 
 # per stored image and loader: FFCV's tables of it (45), our copies (48), and an epoch's order
 TABLE_BYTES = 128
@@ -72,12 +75,11 @@ def require_memory(recipe: Recipe, world: World, micro_batch: int) -> None:
                 "lower training.micro_batch_size, evaluation.batch_size or the number of processes per node"
             )
     if world.is_main:
-        print(f"loading needs {needed}; {available / 1e9:.2f} GB are available", file=sys.stderr)
+        log.info("loading needs %s; %.2f GB are available", needed, available / 1e9)
         if needed.per_process * processes + needed.page_cache > available:
-            print(
-                "the data does not fit into the page cache: every epoch will read it anew; data.shuffle_pages makes that faster, "
-                "by reading whole pages",
-                file=sys.stderr,
+            log.warning(
+                "the data does not fit into the page cache: every epoch will read it anew; "
+                "data.shuffle_pages makes that faster, by reading whole pages"
             )
 
 

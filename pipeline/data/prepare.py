@@ -9,8 +9,8 @@ depend on source and settings only: not on processes, nor on stops.
 import fcntl
 import hashlib
 import importlib.metadata
+import logging
 import os
-import sys
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +39,8 @@ from pipeline.data.stored_size import largest_bytes
 from pipeline.distributed import together
 from pipeline.errors import UserError
 from pipeline.recipe.schema import DataRecipe, Recipe
+
+log = logging.getLogger(__name__)
 
 # Settings that decide the stored bytes, as the versions of FFCV, Pillow and OpenCV do.
 STORING = (
@@ -100,7 +102,7 @@ def _locked(folder: Path):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            tqdm.write(f"{folder}: waiting for another process that prepares it", file=sys.stderr)
+            log.info("%s: waiting for another process that prepares it", folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -163,15 +165,12 @@ def _write_split(
 ) -> SplitFile:
     page = beton.page_size(largest_bytes(data, split.fixed_size))
     if journal.foreign:
-        tqdm.write(
-            f"{path}: was begun from another source or with other settings; it is begun again",
-            file=sys.stderr,
+        log.warning(
+            "%s: was begun from another source or with other settings; it is begun again", path
         )
     if journal.chunks:
-        tqdm.write(
-            f"{path}: continues after {sum(len(chunk.images) for chunk in journal.chunks)} images",
-            file=sys.stderr,
-        )
+        done = sum(len(chunk.images) for chunk in journal.chunks)
+        log.info("%s: continues after %d images", path, done)
         os.truncate(path, journal.chunks[-1].end)
     else:
         beton.begin(path, page)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def localisation_scores(maps: Tensor, n: int) -> Tensor:
@@ -81,7 +81,7 @@ def choose_grids(
         chosen.append([left[label].pop(0) for label in drawn])
         left = {label: samples for label, samples in left.items() if samples}
     if len(chosen) < grids:
-        logger.warning(
+        log.warning(
             "pointing game: %d of %d grids of %dx%d images: %d classes have images that are classified correctly with p > 0.5, "
             "%d such images in all; a grid takes one image of each of %d classes",
             *(len(chosen), grids, n, n, confident, len(order), n * n),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,17 +83,13 @@ def _with_fitting_warmup(recipe: Recipe, stated: Any, path: str | Path) -> Recip
     ):
         return recipe
     warmup = float(f"{training.warmup_epochs / stated * training.epochs:.2g}")
-    # one of many processes says it for all
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        log.warning(
-            "training.warmup_epochs %g does not fit %d epoch%s: %g is used, the same share as in %s; "
-            "say training.warmup_epochs=... for another",
-            *(
-                training.warmup_epochs,
-                training.epochs,
-                "s" if training.epochs > 1 else "",
-                warmup,
-                path,
-            ),
-        )
+    log.warning(
+        "training.warmup_epochs %g does not fit %d epoch%s: %g is used, the same share as in %s; "
+        "say training.warmup_epochs=... for another",
+        training.warmup_epochs,
+        training.epochs,
+        "s" if training.epochs > 1 else "",
+        warmup,
+        path,
+    )
     return dataclasses.replace(recipe, training=dataclasses.replace(training, warmup_epochs=warmup))

@@ -3,8 +3,8 @@ self-contained HTML page.
 """
 
 import difflib
+import logging
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from pipeline.interpret.contributions import (
 from pipeline.recipe.load import load_stored
 from pipeline.reports.page import Section, write_page
 from pipeline.reports.plots import contribution_sheet, overlay
+
+log = logging.getLogger(__name__)
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 # of a video, evenly spaced
@@ -198,7 +200,7 @@ def explain(
             else f"{source}: none of its {len(skipped)} images can be read; {skipped[0]}"
         )
     for line in skipped:
-        print(f"coda: left out: {line}", file=sys.stderr)
+        log.warning("left out: %s", line)
     write_page(
         output / PAGE, f"{folder.resolve().name} explains {source.name}", NOTES, sections, skipped
     )

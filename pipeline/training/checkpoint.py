@@ -11,10 +11,10 @@ have written, and are loaded by unpickling.
 import hashlib
 import io
 import json
+import logging
 import os
 import pickle
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from pipeline.distributed import World, average_buffers, gather_across_ranks, together
 from pipeline.errors import UserError, report
 from pipeline.files import write_atomically
 from pipeline.training.lease import Lease
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -100,7 +101,7 @@ class Checkpoints:
             final = self.folder / f"update-{updates}"
             size = sum(file.stat().st_size for file in final.iterdir())
             seconds = time.monotonic() - began
-            tqdm.write(f"saved {final}: {size / 1e6:.1f} MB in {seconds:.2f} s", file=sys.stderr)
+            log.info("saved %s: %.1f MB in %.2f s", final, size / 1e6, seconds)
             report("saved", updates)
 
     def mark_best(self, updates: int, value: float) -> None:
@@ -246,7 +247,7 @@ def _newest_valid(folder: Path) -> Path | None:
     for path in _published(folder):
         if _valid(path):
             return path
-        print(f"checkpoint {path} is damaged and skipped", file=sys.stderr)
+        log.warning("checkpoint %s is damaged and skipped", path)
     return None
 
 

@@ -3,9 +3,9 @@ weights and metrics.
 """
 
 import hashlib
+import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator
 
@@ -45,6 +45,8 @@ from pipeline.training.losses import LOSSES, soft_targets
 from pipeline.training.optim import build_optimizer, learning_rate
 from pipeline.training.penalty import DynamicWeightPenalty
 from pipeline.training.stop import Stop
+
+log = logging.getLogger(__name__)
 
 # the checkpoint with the highest one is kept
 SELECTED_BY = "val/top1"
@@ -168,7 +170,12 @@ class Run:
         )
         self.updates = self.checkpoints.load(self.engine, self.resumed_from, self.average)
         if self.updates and self.world.is_main:
-            print(f"resumed {self.recipe.folder} at update {self.updates} of {self.total_updates}")
+            log.info(
+                "resumed %s at update %d of %d",
+                self.recipe.folder,
+                self.updates,
+                self.total_updates,
+            )
 
     @property
     def result(self) -> torch.nn.Module:
@@ -329,8 +336,7 @@ class Run:
         """Called only where everything is saved."""
         if self.stop.agreed():
             if self.world.is_main:
-                tqdm.write(
-                    f"asked to stop: saved at update {self.updates} of {self.total_updates}",
-                    file=sys.stderr,
+                log.info(
+                    "asked to stop: saved at update %d of %d", self.updates, self.total_updates
                 )
             self.stop.leave()

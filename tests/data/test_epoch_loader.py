@@ -248,10 +248,10 @@ def test_torch_keeps_its_threads(digits, make_recipe, augmented):
         torch.set_num_threads(before)
 
 
-def test_workers_are_limited_to_the_processors(monkeypatch):
+def test_workers_are_limited_to_the_processors(monkeypatch, caplog):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
-    with pytest.warns(UserWarning, match="only 1 processor"):
-        assert threads(8) == 1
+    assert threads(8) == 1
+    assert "only 1 processor" in caplog.text
 
 
 def test_batches_that_do_not_fit_are_refused(digits, make_recipe):
@@ -296,7 +296,7 @@ import pipeline.data
 assert torch.get_num_threads() == 3
 from pathlib import Path
 from small_data import recipe
-from pipeline.data import load
+from pipeline.data import epoch_loader
 from pipeline.data.decode import _decode
 from pipeline.data.loaders import train_loader
 from pipeline.distributed import World
@@ -310,9 +310,8 @@ limited, epoch_loader.threads = epoch_loader.threads, lambda workers: workers
 show()
 epoch_loader.threads = limited
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-with warnings.catch_warnings(record=True) as caught:
-    show()
-print("only 1 processors" in str(caught[0].message), sum(_decode.stats.cache_hits.values()), sum(_decode.stats.cache_misses.values()))
+show()
+print(sum(_decode.stats.cache_hits.values()), sum(_decode.stats.cache_misses.values()))
 """
     path = ":".join(map(str, (Path(__file__).parent, Path(__file__).parents[2])))
     environment = {**os.environ, "PYTHONPATH": path, "NUMBA_NUM_THREADS": "4"}
@@ -322,7 +321,8 @@ print("only 1 processors" in str(caught[0].message), sum(_decode.stats.cache_hit
     expected = hashlib.sha256(
         b"".join(batch.images.numpy().tobytes() for batch in augmented[1])
     ).hexdigest()
-    assert run.stdout.split() == [expected, expected, "True", "1", "0"], run.stderr
+    assert run.stdout.split() == [expected, expected, "1", "0"]
+    assert "only 1 processors" in run.stderr
 
 
 def test_importing_ffcv_compiles_nothing():

@@ -167,7 +167,7 @@ def faulty_folder(tmp_path):
 
 
 @pytest.mark.timeout(60)
-def test_skipped_images_are_listed(faulty_folder, make_recipe, capsys):
+def test_skipped_images_are_listed(faulty_folder, make_recipe, caplog):
     recipe = make_recipe(source="imagefolder", path=str(faulty_folder), broken_images="skip")
     prepare(recipe)
     train = open_manifest(recipe.data.folder).splits["train"]
@@ -183,7 +183,7 @@ def test_skipped_images_are_listed(faulty_folder, make_recipe, capsys):
         "exceeds limit",
         "truncated",
     )
-    printed = capsys.readouterr().err
+    printed = caplog.text
     for (where, found), expected in zip(train.skipped, reasons, strict=True):
         assert expected in found and f"{where}: {found}" in printed
 

@@ -57,7 +57,8 @@ def prepare_in_foreground(recipe):
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_writer_continues(reference, recipe, monkeypatch, number, capfd):
+def test_a_stopped_writer_continues(reference, recipe, monkeypatch, number, caplog):
+    caplog.set_level("INFO")
     monkeypatch.setattr(encode, "SYNC_SECONDS", 0)
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT, seconds=0.05))
     writer = get_context("fork").Process(target=prepare_in_foreground, args=(recipe,))
@@ -73,7 +74,7 @@ def test_a_stopped_writer_continues(reference, recipe, monkeypatch, number, capf
     prepare(recipe)
     # nothing is read twice
     assert read.value == 2 * COUNT - 5 * done
-    assert f"continues after {5 * done} images" in capfd.readouterr().err
+    assert f"continues after {5 * done} images" in caplog.text
     assert contents(recipe.data.folder) == reference
 
 
@@ -118,7 +119,7 @@ def test_a_broken_image_is_repaired_and_writing_continues(reference, recipe, mon
     assert contents(recipe.data.folder) == reference
 
 
-def test_another_source_is_not_continued(reference, recipe, monkeypatch, capfd):
+def test_another_source_is_not_continued(reference, recipe, monkeypatch, caplog):
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT, deadly=50))
     monkeypatch.setattr(encode, "SYNC_SECONDS", 0)
     with pytest.raises(UserError, match="it continues"):
@@ -126,7 +127,7 @@ def test_another_source_is_not_continued(reference, recipe, monkeypatch, capfd):
     assert finished(recipe)
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT + 1))
     prepare(recipe)
-    assert "begun again" in capfd.readouterr().err
+    assert "begun again" in caplog.text
     assert remains(recipe.data.folder) == ["manifest.json", "train.beton", "val.beton"]
 
 

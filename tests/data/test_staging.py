@@ -156,11 +156,12 @@ def test_estimate_is_of_what_is_allocated(photos, make_recipe):
 
 
 def test_too_little_memory_is_refused_before_anything_is_allocated(
-    digits, make_recipe, monkeypatch, capsys
+    digits, make_recipe, monkeypatch, caplog
 ):
+    caplog.set_level("INFO")
     recipe = make_recipe(prepared=digits)
     memory.require_memory(recipe, World(), 64)
-    assert "loading needs 0.00 GB (1 x 0.00)" in capsys.readouterr().err
+    assert "loading needs 0.00 GB (1 x 0.00)" in caplog.text
     monkeypatch.setattr(memory, "available_bytes", lambda: 2 << 20)
     with pytest.raises(
         UserError,
@@ -168,7 +169,7 @@ def test_too_little_memory_is_refused_before_anything_is_allocated(
     ):
         memory.require_memory(recipe, World(), 2048)
     memory.require_memory(recipe, World(), 64)
-    assert "does not fit into the page cache" in capsys.readouterr().err
+    assert "does not fit into the page cache" in caplog.text
 
 
 def test_limits_of_control_groups_count(tmp_path):

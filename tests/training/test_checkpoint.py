@@ -186,12 +186,12 @@ def saved(prepared, tmp_path):
         yield run
 
 
-def test_a_damaged_checkpoint_is_skipped_with_a_message(saved, capsys):
+def test_a_damaged_checkpoint_is_skipped_with_a_message(saved, caplog):
     newest = saved.checkpoints.folder / "update-2" / "model.pt"
     content = newest.read_bytes()
     newest.write_bytes(content[:-1] + b"!")
     assert again(saved).updates == 1
-    assert "update-2 is damaged and skipped" in capsys.readouterr().err
+    assert "update-2 is damaged and skipped" in caplog.text
 
 
 def test_weights_that_a_training_began_with_are_needed_only_once(prepared, tmp_path):
@@ -291,10 +291,11 @@ def test_an_older_restart_of_a_job_does_not_take_over(tmp_path):
     Lease(tmp_path, "slurm-8.0").take()
 
 
-def test_a_save_says_how_long_and_how_much(saved, capsys):
+def test_a_save_says_how_long_and_how_much(saved, caplog):
+    caplog.set_level("INFO")
     updates(saved, 1)
     saved.checkpoints.save(saved.engine, saved.updates)
-    assert re.search(r"saved .*update-3: \d+\.\d MB in \d+\.\d\d s", capsys.readouterr().err)
+    assert re.search(r"saved .*update-3: \d+\.\d MB in \d+\.\d\d s", caplog.text)
 
 
 def test_a_checkpoint_of_another_model_is_refused_in_one_line(saved, prepared):

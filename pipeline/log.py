@@ -1,0 +1,48 @@
+"""The commands' log: what all modules report while they work, on stderr.
+
+A module logs by ``logging.getLogger(__name__)``. Who uses the modules without the command line sees
+what Python's logging shows by default, or configures the logger ``pipeline``.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from pipeline.errors import tracebacks_wanted
+
+
+class _BesideBars(logging.Handler):
+    """Writes each message above the progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the message of ``record``, warnings marked as such."""
+        sign = "warning: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(f"{sign}{self.format(record)}", file=sys.stderr)
+
+
+@contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Show what the modules report, for the duration of the block.
+
+    Of several processes the main one reports; with CODA_TRACEBACK=1 the warnings of all are shown.
+    """
+    logger, handler = logging.getLogger("pipeline"), _BesideBars()
+    before = logger.level, logger.propagate
+    others = logging.WARNING if tracebacks_wanted() else logging.ERROR
+    logger.setLevel(logging.INFO if is_main_process() else others)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
+
+
+def is_main_process() -> bool:
+    """Whether this is the first of the processes that a launcher has started, or the only one."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
