@@ -7,7 +7,10 @@ from processes import forget_process_groups
 from recipes_for_tests import small_recipe
 from xdist.scheduler import LoadScopeScheduling
 
-import pipeline.data  # noqa: F401  # says how numba works, before a test imports FFCV itself
+from pipeline.data.ffcv_library import load_ffcv
+
+# Before a test imports FFCV itself.
+load_ffcv()
 
 
 class Sharing(LoadScopeScheduling):

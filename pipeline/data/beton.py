@@ -1,38 +1,56 @@
-"""FFCV's file format (ffcv/types.py), written piece by piece: header, fields, table of samples,
-pages of images, table of addresses.
+"""The .beton format of FFCV (ffcv/types.py), for files of images and labels: all of it.
 
-An image lies within one page. Until the address of the last table is in the header, a file counts
-as unfinished.
+A file is a header, descriptions of its fields, a table of samples, pages of images, and a table of
+addresses. An image lies within one page. Until the address of the last table is in the header, a
+file counts as unfinished: FFCV opens it without complaint, and then hangs or reads outside of it.
+
+The types stand here and not in an import of FFCV, so that a manifest can be checked without FFCV; a
+test compares them.
 """
 
 import hashlib
 import os
-from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from ffcv.fields import IntField, RGBImageField
-from ffcv.fields.base import Field
-from ffcv.types import (
-    ALLOC_TABLE_TYPE,
-    CURRENT_VERSION,
-    TYPE_ID_HANDLER,
-    FieldDescType,
-    HeaderType,
-    get_metadata_type,
-)
-from ffcv.utils import align_to_page
 
 from pipeline.errors import UserError
 
 REMEDY = "run `coda prepare` with the recipe"
-# bytes
+FORMAT_VERSION = 2
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ],
+    align=True,
+)
+FIELD = np.dtype(
+    [("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", (1024,)))], align=True
+)
+FIELD_TYPES = {"image": 2, "label": 1}
+IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+SAMPLE = np.dtype([("f0", IMAGE), ("f1", "<i8")], align=True)
+ADDRESS = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+IMAGE_MODES = {"jpg": 0, "raw": 1}
+# An image, its bytes, and its number in the source.
+STORED_IMAGE = np.dtype([*IMAGE.descr, ("size", "<u8"), ("source", "<u8")])
+# Bytes of the smallest page.
 MIN_PAGE = 1 << 23
-FIELDS: Mapping[str, Field] = {"image": RGBImageField(), "label": IntField()}
-# f0: mode, width, height and data_ptr of the image; f1: label
-SAMPLE = get_metadata_type(list(FIELDS.values()))
-# an image, its bytes, its number in the source
-STORED = np.dtype([*SAMPLE["f0"].descr, ("size", "<u8"), ("source", "<u8")])
+
+
+class Tables(NamedTuple):
+    """What a file holds beside its images."""
+
+    page_size: int
+    samples: np.ndarray
+    """(N,) SAMPLE."""
+    addresses: np.ndarray
+    """(N,) ADDRESS."""
 
 
 def page_size(largest: int) -> int:
@@ -43,9 +61,7 @@ def page_size(largest: int) -> int:
 
 def first_page(samples: int, page: int) -> int:
     """Where images begin in a file of up to ``samples`` samples."""
-    return align_to_page(
-        HeaderType.itemsize + len(FIELDS) * FieldDescType.itemsize + samples * SAMPLE.itemsize, page
-    )
+    return _page_end(_tables_end(samples), page)
 
 
 def place(begin: int, sizes: np.ndarray, page: int) -> tuple[np.ndarray, int]:
@@ -56,7 +72,7 @@ def place(begin: int, sizes: np.ndarray, page: int) -> tuple[np.ndarray, int]:
     end = begin
     for index, size in enumerate(sizes.tolist()):
         if size > page - end % page:
-            end = align_to_page(end, page)
+            end = _page_end(end, page)
         addresses[index] = end
         end += size
     return addresses, end
@@ -71,23 +87,21 @@ def finish(path: Path, images: np.ndarray, labels: np.ndarray, page: int) -> Non
     """Write the tables around the images that the file holds, then the header that makes it whole.
 
     Args:
-        images: (N,) STORED, in the order of their addresses.
+        images: (N,) STORED_IMAGE, in the order of their addresses.
         labels: (N,) int64.
     """
     table = np.zeros(len(images), SAMPLE)
-    for name in table["f0"].dtype.names or ():
+    for name in IMAGE.names or ():
         table["f0"][name] = images[name]
-    table["f1"] = labels.reshape(-1, *table["f1"].shape[1:])
-    addresses = np.empty(len(images), ALLOC_TABLE_TYPE)
-    addresses["sample_id"], addresses["ptr"], addresses["size"] = (
-        np.arange(len(images)),
-        images["data_ptr"],
-        images["size"],
-    )
-    end = align_to_page(int(images["data_ptr"][-1] + images["size"][-1]), page)
+    table["f1"] = labels
+    addresses = np.empty(len(images), ADDRESS)
+    addresses["sample_id"] = np.arange(len(images))
+    addresses["ptr"] = images["data_ptr"]
+    addresses["size"] = images["size"]
+    end = _page_end(int(images["data_ptr"][-1] + images["size"][-1]), page)
     with open(path, "r+b") as file:
         file.truncate(end)
-        file.seek(HeaderType.itemsize)
+        file.seek(HEADER.itemsize)
         file.write(_fields() + table.tobytes())
         file.seek(end)
         file.write(addresses.tobytes())
@@ -97,84 +111,86 @@ def finish(path: Path, images: np.ndarray, labels: np.ndarray, page: int) -> Non
         file.write(_header(len(images), page, end))
 
 
-def _header(samples: int, page: int, table: int) -> bytes:
-    header = np.zeros(1, HeaderType)
-    header["version"], header["num_fields"], header["page_size"] = (
-        CURRENT_VERSION,
-        len(FIELDS),
-        page,
+def read_tables(path: Path) -> Tables:
+    """Read the tables of a file, which must have been checked by ``measure``."""
+    header = np.fromfile(path, HEADER, count=1)[0]
+    samples = int(header["num_samples"])
+    begin = _tables_end(0)
+    return Tables(
+        int(header["page_size"]),
+        np.fromfile(path, SAMPLE, samples, offset=begin),
+        np.fromfile(path, ADDRESS, samples, offset=int(header["alloc_table_ptr"])),
     )
-    header["num_samples"], header["alloc_table_ptr"] = samples, table
+
+
+def layout(path: Path) -> tuple[int, int]:
+    """Bytes of a page, and bytes of the largest decoded image, of a file that has been checked."""
+    tables = read_tables(path)
+    images = tables.samples["f0"]
+    return tables.page_size, 3 * int((images["height"].astype(np.int64) * images["width"]).max())
+
+
+def measure(path: Path) -> tuple[int, int, str]:
+    """Check header and tables of a file against its size.
+
+    Returns:
+        bytes, samples, and the SHA-256 of header and tables.
+
+    Raises:
+        UserError: unreadable, unfinished, truncated, or not a file of images and labels.
+    """
+    try:
+        with path.open("rb") as file:
+            return _measure(path, file)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
+
+
+def _measure(path: Path, file: BinaryIO) -> tuple[int, int, str]:
+    size = os.fstat(file.fileno()).st_size
+    block = file.read(HEADER.itemsize)
+    if len(block) < HEADER.itemsize:
+        raise UserError(f"{path}: is truncated; {REMEDY}")
+    header = np.frombuffer(block, HEADER)[0]
+    samples, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
+    if header["version"] != FORMAT_VERSION or header["num_fields"] != len(FIELD_TYPES):
+        raise UserError(f"{path}: is not a .beton file of images and labels; {REMEDY}")
+    if table == 0:
+        raise UserError(f"{path}: is unfinished, its writer was stopped; {REMEDY}")
+    end = _tables_end(samples)
+    if end > table or table + samples * ADDRESS.itemsize != size:
+        raise UserError(
+            f"{path}: is truncated or damaged, its size does not fit its header; {REMEDY}"
+        )
+    digest = hashlib.sha256(block + file.read(end - HEADER.itemsize))
+    file.seek(table)
+    digest.update(file.read())
+    return size, samples, digest.hexdigest()
+
+
+def _tables_end(samples: int) -> int:
+    """Where the table of ``samples`` samples ends: header, fields, and the table itself."""
+    return HEADER.itemsize + len(FIELD_TYPES) * FIELD.itemsize + samples * SAMPLE.itemsize
+
+
+def _page_end(address: int, page: int) -> int:
+    """``address``, or the next that begins a page."""
+    return -(-address // page) * page
+
+
+def _header(samples: int, page: int, table: int) -> bytes:
+    header = np.zeros(1, HEADER)
+    header["version"] = FORMAT_VERSION
+    header["num_fields"] = len(FIELD_TYPES)
+    header["page_size"] = page
+    header["num_samples"] = samples
+    header["alloc_table_ptr"] = table
     return header.tobytes()
 
 
 def _fields() -> bytes:
-    identifiers = {kind: number for number, kind in TYPE_ID_HANDLER.items()}
-    descriptions = np.zeros(len(FIELDS), FieldDescType)
-    for description, (name, field) in zip(descriptions, FIELDS.items(), strict=True):
-        description["type_id"] = identifiers[type(field)]
+    descriptions = np.zeros(len(FIELD_TYPES), FIELD)
+    for description, (name, kind) in zip(descriptions, FIELD_TYPES.items(), strict=True):
+        description["type_id"] = kind
         description["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
-        description["arguments"][:] = field.to_binary()[0]
     return descriptions.tobytes()
-
-
-def layout(path: Path) -> tuple[int, int]:
-    """(bytes of a page, bytes of the largest decoded image) of a .beton file, from its header and
-    table of samples.
-    """
-    header = np.fromfile(path, HeaderType, count=1)[0]
-    start = HeaderType.itemsize + int(header["num_fields"]) * FieldDescType.itemsize
-    table = np.memmap(
-        path,
-        get_metadata_type([RGBImageField(), IntField()]),
-        "r",
-        start,
-        (int(header["num_samples"]),),
-    )["f0"]
-    return int(header["page_size"]), 3 * int(
-        (table["height"].astype(np.int64) * table["width"]).max()
-    )
-
-
-def measure(path: Path) -> tuple[int, int, str]:
-    """(bytes, samples, sha256 of header and tables) of a .beton file with one image and one label
-    per sample.
-
-    Raises:
-        UserError: unreadable, unfinished (FFCV writes the address of the last table at the very
-            end) or truncated.
-    """
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            block = file.read(HeaderType.itemsize)
-            if len(block) < HeaderType.itemsize:
-                raise UserError(f"{path}: is truncated; {REMEDY}")
-            header = np.frombuffer(block, HeaderType)[0]
-            fields, samples, table = (
-                int(header["num_fields"]),
-                int(header["num_samples"]),
-                int(header["alloc_table_ptr"]),
-            )
-            if header["version"] != CURRENT_VERSION or fields != 2:
-                raise UserError(f"{path}: is not a .beton file of images and labels; {REMEDY}")
-            if table == 0:
-                raise UserError(f"{path}: is unfinished, its writer was stopped; {REMEDY}")
-            metadata = (
-                fields * FieldDescType.itemsize
-                + samples * get_metadata_type([RGBImageField(), IntField()]).itemsize
-            )
-            if (
-                HeaderType.itemsize + metadata > table
-                or table + samples * ALLOC_TABLE_TYPE.itemsize != size
-            ):
-                raise UserError(
-                    f"{path}: is truncated or damaged, its size does not fit its header; {REMEDY}"
-                )
-            digest.update(block + file.read(metadata))
-            file.seek(table)
-            digest.update(file.read())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
-    return size, samples, digest.hexdigest()

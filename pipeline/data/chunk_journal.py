@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from pipeline.data.beton import STORED
+from pipeline.data.beton import STORED_IMAGE
 from pipeline.files import sync
 
 
@@ -27,7 +27,7 @@ class Chunk:
     begin: int
     """Address in the .beton file, padding before the first image included."""
     end: int
-    images: np.ndarray  # (N,) STORED
+    images: np.ndarray  # (N,) STORED_IMAGE
     broken: tuple[tuple[int, str], ...]
     """Number in the source and error of those left out."""
     xxh64: str
@@ -91,7 +91,7 @@ def _chunks(lines: Sequence[bytes], size: int) -> Iterator[Chunk]:
         tree = json.loads(text)
         if tree["end"] > size:
             return
-        tree["images"] = np.frombuffer(base64.b64decode(tree["images"]), STORED)
+        tree["images"] = np.frombuffer(base64.b64decode(tree["images"]), STORED_IMAGE)
         yield Chunk(
             **{**tree, "broken": tuple((index, reason) for index, reason in tree["broken"])}
         )

@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
-from ffcv.fields import RGBImageField
 from tqdm import tqdm
 
 from pipeline.data import beton
 from pipeline.data.chunk_journal import Chunk, Journal
 from pipeline.data.epoch_loader import threads
+from pipeline.data.ffcv_library import load_ffcv
 from pipeline.data.sources import Split
 from pipeline.data.stored_size import fit
 from pipeline.errors import UserError
@@ -52,7 +52,7 @@ class Encoded(NamedTuple):
 
     number: int
     images: np.ndarray
-    """(N,) beton.STORED, no data_ptr yet."""
+    """(N,) beton.STORED_IMAGE, no data_ptr yet."""
     broken: tuple[tuple[int, str], ...]
 
 
@@ -84,6 +84,8 @@ def write_chunks(
     chunks = -(-len(split) // data.chunk_size)
     if len(journal.chunks) == chunks:
         return
+    # Before the processes are made, which inherit it.
+    load_ffcv()
     counter = FORK.Value(ctypes.c_int64, len(journal.chunks))
     writing = _Writing(path, journal, split, data, page)
     processes: dict[Connection, ForkProcess] = {}
@@ -288,6 +290,8 @@ class _Encoder:
         share = {"raw": 0.0, "jpg": 1.0, "proportion": data.compress_probability}[data.write_mode]
         # a function of the image's number only
         self.as_jpg = np.random.default_rng(0).random(len(split)) < share
+        from ffcv.fields import RGBImageField
+
         self.fields = {
             as_jpg: RGBImageField("jpg" if as_jpg else "raw", jpeg_quality=data.jpeg_quality)
             for as_jpg in (False, True)
@@ -298,7 +302,7 @@ class _Encoder:
         indices = range(
             number * self.data.chunk_size, min((number + 1) * self.data.chunk_size, len(self.split))
         )
-        images = np.zeros(len(indices), beton.STORED)
+        images = np.zeros(len(indices), beton.STORED_IMAGE)
         content: list[np.ndarray] = []
         broken: list[tuple[int, str]] = []
         for index in indices:

@@ -13,15 +13,14 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 
 from pipeline.data.beton import REMEDY
-from pipeline.data.decode import FLIP, HEIGHT, PLAN_COLUMNS, StoredImages
 from pipeline.data.manifest import Manifest
+from pipeline.data.stored_images import FLIP, HEIGHT, PLAN_COLUMNS, StoredImages
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -181,6 +180,8 @@ class EpochLoader:
 
 
 def _begin_thread(workers: int, device: int | None) -> None:
+    import numba
+
     numba.set_num_threads(workers)
     if device is not None:
         # else pinned memory would be asked of the first GPU, whoever's it is
@@ -191,7 +192,10 @@ def threads(workers: int) -> int:
     """``workers``, but no more than the processors this process may use: more would only take
     turns.
     """
-    available = min(len(os.sched_getaffinity(0)), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    import numba
+
+    config: Any = numba.config
+    available = min(len(os.sched_getaffinity(0)), config.NUMBA_NUM_THREADS)
     if workers > available:
         log.warning(
             "data.workers is %d, but this process may use only %d processors", workers, available

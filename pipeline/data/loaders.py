@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data import augment, sampling
-from pipeline.data.decode import StoredImages
 from pipeline.data.epoch_loader import Batch, EpochLoader
 from pipeline.data.manifest import Manifest, open_manifest
 from pipeline.data.staging import readable_file
+from pipeline.data.stored_images import StoredImages
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.recipe.schema import Recipe, training_size

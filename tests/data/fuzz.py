@@ -242,14 +242,14 @@ def kinds(folder: Path) -> dict[str, Kind]:
 
 def journal_of_four(data: Path) -> bytes:
     """A journal with four chunks of two images."""
-    from pipeline.data.beton import STORED
+    from pipeline.data.beton import STORED_IMAGE
     from pipeline.data.chunk_journal import Chunk
 
     data.touch()
     journal = Journal(data, "x")
     journal.commit(
         [
-            Chunk(100 * n, 100 * n + 90, np.full(2, n, STORED), ((n, "is broken"),), "0" * 16)
+            Chunk(100 * n, 100 * n + 90, np.full(2, n, STORED_IMAGE), ((n, "is broken"),), "0" * 16)
             for n in range(4)
         ]
     )

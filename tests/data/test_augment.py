@@ -184,7 +184,7 @@ def test_odd_micro_batches_cannot_be_mixed(digits, make_recipe):
 
 
 def test_resolution_rises_without_compiling_again(photos, make_recipe):
-    from pipeline.data.decode import _decode
+    from pipeline.data.decode import decode
 
     recipe = make_recipe(
         **photos,
@@ -195,7 +195,7 @@ def test_resolution_rises_without_compiling_again(photos, make_recipe):
     )
     loader = train_loader(recipe, World(), 8)
     first = read(loader, 0)
-    compiled = len(_decode.signatures)
+    compiled = len(decode.signatures)
     sizes = [read(loader, epoch)[0].images.shape[-1] for epoch in range(5)]
     assert (
         sizes
@@ -204,4 +204,4 @@ def test_resolution_rises_without_compiling_again(photos, make_recipe):
     )
     assert torch.equal(read(loader, 0)[0].images, first[0].images)
     assert read(eval_loader(recipe, World(), 4))[0].images.shape == (4, 3, 64, 64)
-    assert len(_decode.signatures) == compiled
+    assert len(decode.signatures) == compiled

@@ -17,11 +17,11 @@ from ffcv.fields.rgb_image import IMAGE_MODES
 from ffcv.types import HeaderType
 from small_data import damage, recipe, stored
 
-from pipeline.data.decode import StoredImages
 from pipeline.data.epoch_loader import Batch, threads
 from pipeline.data.loaders import eval_loader, train_loader
 from pipeline.data.prepare import open_manifest
 from pipeline.data.sources import open_source
+from pipeline.data.stored_images import StoredImages
 from pipeline.distributed import World
 from pipeline.errors import UserError
 
@@ -292,12 +292,13 @@ def test_another_process_loads_the_same_with_any_number_of_threads_from_code_tha
 import torch
 torch.set_num_threads(3)
 import hashlib, os, sys, warnings
-import pipeline.data
+from pipeline.data.ffcv_library import load_ffcv
+load_ffcv()
 assert torch.get_num_threads() == 3
 from pathlib import Path
 from small_data import recipe
 from pipeline.data import epoch_loader
-from pipeline.data.decode import _decode
+from pipeline.data.decode import decode
 from pipeline.data.loaders import train_loader
 from pipeline.distributed import World
 
@@ -311,7 +312,7 @@ show()
 epoch_loader.threads = limited
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 show()
-print(sum(_decode.stats.cache_hits.values()), sum(_decode.stats.cache_misses.values()))
+print(sum(decode.stats.cache_hits.values()), sum(decode.stats.cache_misses.values()))
 """
     path = ":".join(map(str, (Path(__file__).parent, Path(__file__).parents[2])))
     environment = {**os.environ, "PYTHONPATH": path, "NUMBA_NUM_THREADS": "4"}

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from pipeline.data import memory, sampling, staging
-from pipeline.data.decode import StoredImages
 from pipeline.data.epoch_loader import Batch
 from pipeline.data.loaders import eval_loader, train_loader
 from pipeline.data.manifest import open_manifest
+from pipeline.data.stored_images import StoredImages
 from pipeline.distributed import World
 from pipeline.errors import UserError
 
