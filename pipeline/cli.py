@@ -22,10 +22,6 @@ RECIPE = "YAML file, or the name of a ready-made recipe: see `coda recipes`"
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
-# Before it ends, the interpreter would search all that it has loaded for garbage: 3 s of a
-# processor, while Slurm waits.
-atexit.register(gc.freeze)
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 or, after Ctrl-C, 130.
@@ -34,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     line on stderr and 2; with CODA_TRACEBACK=1 the traceback is above that line. Any other error is
     raised.
     """
+    # Before it ends, the interpreter would search all that it has loaded for garbage: 3 s of a
+    # processor, while Slurm waits.
+    atexit.register(gc.freeze)
     with log_to_stderr():
         return _main(arguments)
 

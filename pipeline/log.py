@@ -10,8 +10,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tqdm import tqdm
-
 from pipeline.errors import tracebacks_wanted
 
 
@@ -21,7 +19,12 @@ class _BesideBars(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write the message of ``record``, warnings marked as such."""
         sign = "warning: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(f"{sign}{self.format(record)}", file=sys.stderr)
+        text = f"{sign}{self.format(record)}"
+        # Bare environments, which `coda doctor` is for, lack it.
+        if bars := sys.modules.get("tqdm"):
+            bars.tqdm.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ OWNERS = {
 # floor do not know each other.
 FLOORS = [
     {"errors"},
-    {"files", "caches", "recipe", "distributed", "images", "log"},
+    {"files", "caches", "recipe", "distributed", "log"},
     {"models"},
     {"interpret", "planning", "export"},
     {"data", "tracking"},

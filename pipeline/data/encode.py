@@ -30,10 +30,10 @@ from pipeline.data import beton
 from pipeline.data.chunk_journal import Chunk, Journal
 from pipeline.data.epoch_loader import threads
 from pipeline.data.ffcv_library import load_ffcv
+from pipeline.data.images import BrokenImage
 from pipeline.data.sources import Split
 from pipeline.data.stored_size import fit
 from pipeline.errors import UserError
-from pipeline.images import BrokenImage
 from pipeline.recipe.schema import DataRecipe
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pipeline.images import CENTRE_SHARE
+from pipeline.data.images import CENTRE_SHARE
 
 # share of the stored image's area
 CROP_AREA = (0.08, 1.0)

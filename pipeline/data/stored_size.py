@@ -1,5 +1,5 @@
 """The pixels of an image in the size in which they are stored. Reading its file is in
-``pipeline.images``.
+``pipeline.data.images``.
 """
 
 import math

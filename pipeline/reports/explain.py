@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pipeline.data.images import CENTRE_SHARE, BrokenImage, decode, read_file
 from pipeline.errors import UserError
 from pipeline.export import class_names, find_export, load_export
-from pipeline.images import CENTRE_SHARE, BrokenImage, decode, read_file
 from pipeline.interpret.contributions import (
     Layer,
     exact_layers,

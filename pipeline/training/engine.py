@@ -1,23 +1,40 @@
-"""From a recipe to a DeepSpeed engine. The recipe owns every number; DeepSpeed's configuration is
-derived from it.
-"""
+"""DeepSpeed: its configuration, derived from the recipe, and the engine of a training run."""
 
+import functools
 import logging
+import os
 from datetime import timedelta
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-import deepspeed
 import torch
-from deepspeed.utils import groups
 from torch import nn
 
 from pipeline.distributed import World
 from pipeline.recipe.schema import Recipe
 
-deepspeed.utils.logger.setLevel(logging.WARNING)
-# Of DeepSpeed's own operators none is used here, and none counts as compatible: on a processor it
-# would compile one for inference as soon as it starts, with a compiler and ninja, into the home.
-deepspeed.ops.__compatible_ops__ = {}
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+@functools.cache
+def load_deepspeed() -> ModuleType:
+    """Import DeepSpeed, once per process, in an open process group, whose variables it reads.
+
+    Raises:
+        ImportError: it is not installed, or cannot work here.
+    """
+    # It imports MLflow.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # None of DeepSpeed's own operators is used. On a processor it would compile one for inference
+    # as soon as it starts, with a compiler and ninja, into the home.
+    deepspeed.ops.__compatible_ops__ = {}
+    return deepspeed
 
 
 def configuration(recipe: Recipe, world_size: int) -> dict[str, Any]:
@@ -47,8 +64,11 @@ def configuration(recipe: Recipe, world_size: int) -> dict[str, Any]:
 
 def build(
     recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
-) -> deepspeed.DeepSpeedEngine:
-    """``model`` and ``optimizer`` under DeepSpeed, in the process group that is open already."""
+) -> "DeepSpeedEngine":
+    """Put ``model`` and ``optimizer`` under DeepSpeed, in the process group that is open."""
+    deepspeed = load_deepspeed()
+    from deepspeed.utils import groups
+
     if groups._WORLD_GROUP is None:
         # DeepSpeed reduces gradients in a group of its own, to which it gives torch's default
         # timeout, 10 or 30 minutes.

@@ -37,8 +37,8 @@ from pipeline.recipe.load import load_stored
 from pipeline.recipe.schema import STORED, Recipe
 from pipeline.reports.run import PICTURES, SHEET, conclude, draw_contributions, track
 from pipeline.tracking import Tracker, open_tracker
-from pipeline.training import engine as engines
 from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.engine import build, load_deepspeed
 from pipeline.training.failures import Watchdog, first_error
 from pipeline.training.lease import Lease
 from pipeline.training.losses import LOSSES, soft_targets
@@ -63,6 +63,7 @@ def train(recipe: Recipe, world: World) -> None:
         UserError: the recipe does not fit the data, the number of processes, or the run that is in
             the folder already.
     """
+    load_deepspeed()
     with Stop(world) as stop:
         with stop.at_once():
             if not gather_across_ranks((recipe.data.folder / manifest.NAME).exists())[0]:
@@ -165,7 +166,7 @@ class Run:
     def start(self) -> None:
         """Take over the run folder and continue from the checkpoint that was its newest."""
         together(self.lease.take, main_only=True)
-        self.engine = engines.build(
+        self.engine = build(
             self.recipe, self.model, build_optimizer(self.model, self.recipe.training), self.world
         )
         self.updates = self.checkpoints.load(self.engine, self.resumed_from, self.average)

@@ -24,13 +24,13 @@ from PIL import Image
 from small_data import recipe, write_images
 
 from pipeline.data.chunk_journal import Journal
+from pipeline.data.images import decode
 from pipeline.data.manifest import open_manifest
 from pipeline.data.prepare import prepare
 from pipeline.data.sources import open_source
 from pipeline.data.stored_size import fit
 from pipeline.data.verify import verify
 from pipeline.errors import UserError
-from pipeline.images import decode
 
 # for one file, on a machine that may be busy
 SECONDS = 60

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image, ImageFile
 from small_data import write_images
 
+from pipeline.data.images import FORMATS, decode, is_image, read_file
 from pipeline.data.manifest import open_manifest
 from pipeline.data.prepare import prepare
 from pipeline.errors import UserError
-from pipeline.images import FORMATS, decode, is_image, read_file
 
 RAMP = np.linspace(0, 1, 40 * 60).reshape(40, 60)
 GREY = Image.fromarray((RAMP * 255).astype(np.uint8))

@@ -14,10 +14,10 @@ from test_prepare import faulty_source, one_line, remains
 from pipeline.data import encode
 from pipeline.data.beton import MIN_PAGE
 from pipeline.data.chunk_journal import Journal
+from pipeline.data.images import BrokenImage
 from pipeline.data.prepare import prepare
 from pipeline.data.sources import SOURCES
 from pipeline.errors import UserError
-from pipeline.images import BrokenImage
 
 # images of each split, in chunks of 5
 COUNT = 60

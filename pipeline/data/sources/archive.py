@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
+from pipeline.data.images import read_file
 from pipeline.data.sources.split import FileSplit, Split, TarSplit
 from pipeline.errors import UserError
-from pipeline.images import read_file
 
 # offset and length in bytes
 Extent = tuple[int, int]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo
 
+from pipeline.data.images import is_image
 from pipeline.data.sources.archive import Tree, open_tree
 from pipeline.data.sources.split import Split
 from pipeline.errors import UserError
-from pipeline.images import is_image
 from pipeline.recipe.schema import DataRecipe
 
 TINY_FOLDER, TINY_ANNOTATIONS = "tiny-imagenet-200", "val/val_annotations.txt"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.images import decode, read_file
+from pipeline.data.images import decode, read_file
 
 
 @dataclass(frozen=True)

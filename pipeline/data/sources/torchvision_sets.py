@@ -15,10 +15,10 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity, extract_archive
 from tqdm import tqdm
 
+from pipeline.data.images import BrokenImage, to_rgb
 from pipeline.data.sources.folders import class_folders
 from pipeline.data.sources.split import ArraySplit, Split
 from pipeline.errors import UserError
-from pipeline.images import BrokenImage, to_rgb
 from pipeline.recipe.schema import DataRecipe
 
 PREFIX = "torchvision."

@@ -15,10 +15,10 @@ import numpy as np
 from braceexpand import braceexpand
 from tqdm import tqdm
 
+from pipeline.data.images import is_image, read_file
 from pipeline.data.sources.archive import index_tar
 from pipeline.data.sources.split import Split, TarSplit
 from pipeline.errors import UserError
-from pipeline.images import is_image, read_file
 from pipeline.recipe.schema import DataRecipe
 
 # in a shard's name -> its split
