@@ -41,6 +41,7 @@ from torchvision.transforms import v2
 from pipeline.data.beton import measure
 from pipeline.data.loaders import train_loader
 from pipeline.data.manifest import Manifest, SplitFile, write_manifest
+from pipeline.data.prepared import open_prepared
 from pipeline.distributed import World
 from pipeline.recipe.load import from_dict
 
@@ -112,7 +113,7 @@ def ours(prepared: Path, size: int, workers: int, **augmentation):
     recipe = from_dict(
         {"name": "benchmark", "model": {"name": "none"}, "data": data, "training": training}
     )
-    return train_loader(recipe, World(), BATCH[size])
+    return train_loader(recipe, open_prepared(recipe.data), World(), BATCH[size])
 
 
 def pass_of_ours(*arguments, **augmentation) -> Pass:

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pipeline  # noqa: F401  registers the models
-from pipeline.evaluation.evaluate import GRIDS_AT_ONCE
+from pipeline.evaluation.grid_game import GRIDS_AT_ONCE
 from pipeline.interpret.contributions import (
     explainable_layers,
     explanation_mode,

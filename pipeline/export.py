@@ -19,10 +19,8 @@ from timm.models import save_for_hf
 from torch import nn
 
 from pipeline.errors import UserError
-from pipeline.recipe.schema import STORED, Recipe
-
-# inside a run folder
-FOLDER = "export"
+from pipeline.recipe.schema import Recipe
+from pipeline.run_folder import EXPORT_CONFIG, RunFolder
 
 
 def export(model: nn.Module, recipe: Recipe, classes: Sequence[str], folder: Path) -> None:
@@ -43,26 +41,12 @@ def export(model: nn.Module, recipe: Recipe, classes: Sequence[str], folder: Pat
         model_args=dict(recipe.model.args),
         safe_serialization=True,
     )
-    (temporary / STORED).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    RunFolder(temporary).recipe.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         os.rename(folder, replaced)
     os.rename(temporary, folder)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def find_export(folder: Path) -> Path:
-    """The export in a run folder, or ``folder`` itself if it is one.
-
-    Raises:
-        UserError: there is no export.
-    """
-    for candidate in (folder, folder / FOLDER):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise UserError(
-        f"{folder}: holds no export (config.json); `coda export RUN` makes one of a run with a checkpoint"
-    )
 
 
 def class_names(folder: Path) -> list[str]:
@@ -93,7 +77,7 @@ def load_export(folder: Path) -> nn.Module:
 def _description(folder: Path) -> dict[str, Any]:
     """config.json, checked as far as timm takes it on trust."""
     try:
-        tree = json.loads((folder / "config.json").read_text())
+        tree = json.loads((folder / EXPORT_CONFIG).read_text())
     except (FileNotFoundError, ValueError) as error:
         raise _damaged(folder, f"config.json: {error}") from error
     keys = {"architecture": str, "num_classes": int, "label_names": list, "pretrained_cfg": dict}

@@ -1,6 +1,7 @@
 """Files that are either complete or absent, and the file systems that they lie on."""
 
 import errno
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -140,3 +141,9 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

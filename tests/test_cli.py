@@ -14,8 +14,7 @@ import yaml
 from PIL import Image
 from recipes_for_tests import small_recipe
 
-from pipeline import cli
-from pipeline.cli import main
+from pipeline.cli import commands, main
 from pipeline.recipe.ready_made import find_recipe, recipes, shipped_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,7 +122,7 @@ def test_only_a_disk_that_is_full_or_failing_is_worth_another_try(
             else OSError("libx.so: cannot open shared object file")
         )
 
-    monkeypatch.setattr(cli, "listing", raises)
+    monkeypatch.setattr(commands, "listing", raises)
     monkeypatch.setenv("CODA_REPORTS", str(tmp_path))
     fails(capsys, ["recipes"], "/a/file" if number else "libx.so")
     assert (tmp_path / "events-0").read_text() == f"{event} 0\n"
@@ -143,7 +142,7 @@ def test_what_is_not_understood_keeps_its_traceback(error, tmp_path, monkeypatch
     def raises():
         raise error
 
-    monkeypatch.setattr(cli, "listing", raises)
+    monkeypatch.setattr(commands, "listing", raises)
     monkeypatch.setenv("CODA_REPORTS", str(tmp_path))
     with pytest.raises(type(error)):
         main(["recipes"])

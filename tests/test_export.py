@@ -11,9 +11,10 @@ from recipes_for_tests import small_recipe
 
 from pipeline.cli import main
 from pipeline.errors import UserError
-from pipeline.export import export, find_export, load_export
+from pipeline.export import export, load_export
 from pipeline.models.create import build_model
 from pipeline.recipe.schema import ModelRecipe
+from pipeline.run_folder import RunFolder
 
 ALONE = """
 import sys
@@ -65,7 +66,7 @@ def test_an_export_replaces_an_older_one_and_leaves_nothing_else(tmp_path):
 
 def test_missing_and_damaged_exports_are_one_line(tmp_path, capsys):
     with pytest.raises(UserError, match="holds no export"):
-        find_export(tmp_path)
+        RunFolder(tmp_path).find_export()
     recipe = small_recipe(tmp_path)
     export(build_model(recipe.model, 10), recipe, range(10), tmp_path / "export")
     weights = tmp_path / "export" / "model.safetensors"

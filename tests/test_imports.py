@@ -58,10 +58,13 @@ def modules():
 
 
 def run(code, folder, *arguments):
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "TMPDIR": str(folder), "HOME": str(folder)}
-    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "MPLCONFIGDIR": "/nonexistent"}
+    here = folder / "here"
+    here.mkdir()
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "TMPDIR": str(here), "HOME": str(here)}
+    # matplotlib makes its folder when it is imported.
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "MPLCONFIGDIR": str(folder / "matplotlib")}
     words = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(words, cwd=here, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +53,22 @@ def unit_range(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     )
 
 
+@dataclass(frozen=True)
+class Visit:
+    """Which samples a process visits in an epoch, and how it shows them."""
+
+    order: Callable[[int], np.ndarray]
+    """epoch -> (n,) the samples, in their order."""
+    size: Callable[[int], int]
+    """epoch -> side in pixels of the images."""
+    boxes: Callable[[np.ndarray, np.ndarray, int, np.ndarray], np.ndarray]
+    """(heights, widths, epoch, samples) -> (n, 4) the part of each stored image to show."""
+    moves: Callable[[int, int, np.ndarray], np.ndarray] | None = None
+    """(size, epoch, samples) -> (n, 3) flip, down and right of ``StoredImages.decode``."""
+    transform: Callable[[Batch, int], Batch] | None = None
+    """(batch, epoch) -> batch: changes of decoded images, in the loader's thread."""
+
+
 class EpochLoader:
     """Batches of one .beton file, epoch by epoch.
 
@@ -61,13 +78,7 @@ class EpochLoader:
         split: its entry there.
         batch_size: images per batch; the last of an epoch may have fewer.
         workers: decoding threads, at most; never more than processors.
-        order: epoch -> (n,) the samples that this process visits.
-        boxes: (heights, widths, epoch, samples) -> (n, 4) the part of each stored image to show.
-        moves: (size, epoch, samples) -> (n, 3) flip, down and right of ``StoredImages.decode``.
-            None: images stay as they are.
-        transform: (batch, epoch) -> batch, what is done to decoded images, still in the loader's
-            thread.
-        size: epoch -> side in pixels of the images. None: the manifest's.
+        visit: the samples of this process, and how they are shown.
 
     Attributes:
         samples: images of the whole split, all processes together.
@@ -82,17 +93,12 @@ class EpochLoader:
         split: str,
         batch_size: int,
         workers: int,
-        order: Callable[[int], np.ndarray],
-        boxes: Callable[[np.ndarray, np.ndarray, int, np.ndarray], np.ndarray],
-        moves: Callable[[int, int, np.ndarray], np.ndarray] | None = None,
-        transform: Callable[[Batch, int], Batch] | None = None,
-        size: Callable[[int], int] | None = None,
+        visit: Visit,
     ):
         self.path, self.batch_size = path, batch_size
         self.samples, self.classes = manifest.splits[split].samples, manifest.classes
-        self.batches_per_epoch = -(-len(order(0)) // batch_size)
-        self._order, self._boxes, self._moves, self._transform = order, boxes, moves, transform
-        self._size = size or (lambda epoch: manifest.image_size)
+        self.batches_per_epoch = -(-len(visit.order(0)) // batch_size)
+        self._visit = visit
         self._stored = StoredImages(path)
         # One thread for the loader's life: with each new one, numba's and libjpeg's memory for it
         # would be left behind.
@@ -114,7 +120,7 @@ class EpochLoader:
             UserError: a stored image cannot be decoded.
             RuntimeError: the loader's thread failed in another way; its error is the cause.
         """
-        with self._visit(self._order(epoch)[start * self.batch_size :], epoch) as batches:
+        with self._batches(self._visit.order(epoch)[start * self.batch_size :], epoch) as batches:
             yield batches
 
     @contextmanager
@@ -122,11 +128,11 @@ class EpochLoader:
         """Batches of the ``samples`` (n,) in the given order, as epoch 0 would show them. Ends and
         raises as ``epoch`` does.
         """
-        with self._visit(samples, 0) as batches:
+        with self._batches(samples, 0) as batches:
             yield batches
 
     @contextmanager
-    def _visit(self, samples: np.ndarray, epoch: int) -> Iterator[Iterator[Batch]]:
+    def _batches(self, samples: np.ndarray, epoch: int) -> Iterator[Iterator[Batch]]:
         if self._open:
             raise RuntimeError(f"{self.path}: an epoch of this loader is open already")
         parts = (
@@ -155,13 +161,13 @@ class EpochLoader:
 
     def _batch(self, samples: np.ndarray, epoch: int) -> Batch:
         try:
-            size = self._size(epoch)
+            size = self._visit.size(epoch)
             plan = np.zeros((len(samples), PLAN_COLUMNS), np.int32)
-            plan[:, :FLIP] = self._boxes(
+            plan[:, :FLIP] = self._visit.boxes(
                 self._stored.heights[samples], self._stored.widths[samples], epoch, samples
             )
-            if self._moves:
-                plan[:, FLIP:] = self._moves(size, epoch, samples)
+            if self._visit.moves:
+                plan[:, FLIP:] = self._visit.moves(size, epoch, samples)
             images = torch.empty(
                 len(samples), size, size, 3, dtype=torch.uint8, pin_memory=torch.cuda.is_available()
             )
@@ -172,7 +178,7 @@ class EpochLoader:
                 )
             labels = torch.from_numpy(self._stored.labels[samples])
             batch = Batch(images.permute(0, 3, 1, 2), labels, torch.from_numpy(samples.copy()))
-            return self._transform(batch, epoch) if self._transform else batch
+            return self._visit.transform(batch, epoch) if self._visit.transform else batch
         except UserError:
             raise
         except Exception as error:

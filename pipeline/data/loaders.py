@@ -1,5 +1,6 @@
-"""Loaders: a prepared folder and a place in the world -> batches, in an order that no thread, rank
-or restart can change.
+"""The loaders of a run: prepared data and a place in the world -> batches.
+
+The order of images is decided here, and no thread, rank or restart can change it.
 """
 
 from collections.abc import Callable
@@ -10,83 +11,115 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data import augment, sampling
-from pipeline.data.epoch_loader import Batch, EpochLoader
-from pipeline.data.manifest import Manifest, open_manifest
-from pipeline.data.staging import readable_file
+from pipeline.data.epoch_loader import Batch, EpochLoader, Visit
+from pipeline.data.manifest import Manifest
+from pipeline.data.prepared import PreparedData
 from pipeline.data.stored_images import StoredImages
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.recipe.schema import Recipe, training_size
 
 
-def train_loader(recipe: Recipe, world: World, micro_batch: int) -> EpochLoader:
-    """Shuffled and augmented training batches of ``micro_batch`` images for process ``world.rank``.
+def train_loader(
+    recipe: Recipe, prepared: PreparedData, world: World, micro_batch: int
+) -> EpochLoader:
+    """Make the loader of shuffled and augmented training batches of this process.
 
     An epoch is a permutation of the samples, cut into global batches without the incomplete last
-    one; micro batch k of rank r is ``permutation[(k * world.size + r) * micro_batch
-    :][:micro_batch]``, so every world size sees the same global batches.
+    one. Micro batch k of rank r is
+    ``permutation[(k * world.size + r) * micro_batch :][:micro_batch]``, so that every world size
+    sees the same global batches.
+
+    Args:
+        recipe: batch size, augmentation, seed.
+        prepared: the data.
+        world: this process among all.
+        micro_batch: images per batch.
 
     Raises:
-        UserError: files missing, damaged or of another data set; fewer images than a global batch;
-            micro batches that do not add up to a global batch, or are odd where images are mixed.
+        UserError: fewer images than a global batch; micro batches that do not add up to a global
+            batch, or are odd where images are mixed; a copy on the node that cannot be made.
     """
     data, global_batch = recipe.data, recipe.training.global_batch_size
-    manifest = _manifest(recipe)
-    samples = manifest.splits["train"].samples
+    samples = prepared.split("train").samples
     whole = samples // global_batch * global_batch
     if not whole:
         raise UserError(
-            f"training.global_batch_size is {global_batch}, but {data.folder} has only {samples} training images"
+            f"training.global_batch_size is {global_batch}, but {data.folder} has only {samples} "
+            "training images"
         )
     if global_batch % (micro_batch * world.size):
         raise UserError(
-            f"training.global_batch_size {global_batch} is not a multiple of micro batch {micro_batch} x {world.size} processes"
+            f"training.global_batch_size {global_batch} is not a multiple of micro batch "
+            f"{micro_batch} x {world.size} processes"
         )
-    augmentation = _Augmentation(recipe, manifest)
+    augmentation = _Augmentation(recipe, prepared.manifest)
     if augmentation.mixes and micro_batch % 2:
         raise UserError(
-            f"data.mixup_alpha and cutmix_alpha mix neighbours, so micro batches must be even, but {global_batch} images on "
-            f"{world.size} processes are micro batches of {micro_batch}: choose training.micro_batch_size or the number of processes"
+            "data.mixup_alpha and cutmix_alpha mix neighbours, so micro batches must be even, but "
+            f"{global_batch} images on {world.size} processes are micro batches of {micro_batch}: "
+            "choose training.micro_batch_size or the number of processes"
         )
-    path = readable_file(data, manifest, "train")
+    path = prepared.readable("train")
     shuffled = _shuffle(recipe, path, samples)
 
     def order(epoch: int) -> np.ndarray:
-        return (
-            shuffled(epoch)[:whole].reshape(-1, world.size, micro_batch)[:, world.rank].reshape(-1)
-        )
+        batches = shuffled(epoch)[:whole].reshape(-1, world.size, micro_batch)
+        return batches[:, world.rank].reshape(-1)
 
-    return EpochLoader(
-        path,
-        manifest,
-        "train",
-        micro_batch,
-        data.workers,
-        order,
-        augmentation.boxes,
-        augmentation.moves,
-        augmentation.transform,
-        augmentation.size,
+    visit = Visit(
+        order=order,
+        size=augmentation.size,
+        boxes=augmentation.boxes,
+        moves=augmentation.moves,
+        transform=augmentation.transform,
     )
+    return EpochLoader(path, prepared.manifest, "train", micro_batch, data.workers, visit)
+
+
+def eval_loader(
+    recipe: Recipe, prepared: PreparedData, world: World, batch_size: int, split: str = "val"
+) -> EpochLoader:
+    """Make the loader that shows every image of ``split`` exactly once over all processes.
+
+    Images are unchanged and in order: rank r has the samples r, r + size, ... Processes may have
+    unequal numbers of batches, so no collective may stand inside the loop over them.
+
+    Raises:
+        UserError: a copy on the node cannot be made.
+    """
+    manifest, samples = prepared.manifest, prepared.split(split).samples
+
+    def boxes(
+        heights: np.ndarray, widths: np.ndarray, epoch: int, chosen: np.ndarray
+    ) -> np.ndarray:
+        if manifest.fixed_size:
+            return sampling.whole_boxes(heights, widths)
+        return sampling.centre_boxes(heights, widths)
+
+    visit = Visit(
+        order=lambda epoch: np.arange(world.rank, samples, world.size),
+        size=lambda epoch: recipe.data.evaluated_size,
+        boxes=boxes,
+    )
+    path = prepared.readable(split)
+    return EpochLoader(path, manifest, split, batch_size, recipe.data.workers, visit)
 
 
 def _shuffle(recipe: Recipe, path: Path, samples: int) -> Callable[[int], np.ndarray]:
-    """epoch -> (samples,) the order of all images."""
-    window, global_batch, seed = (
-        recipe.data.shuffle_pages,
-        recipe.training.global_batch_size,
-        recipe.seed,
-    )
+    """Return the function epoch -> (samples,) that orders all images."""
+    window, global_batch = recipe.data.shuffle_pages, recipe.training.global_batch_size
     if window is None:
-        return lambda epoch: sampling.permutation(seed, epoch, samples)
+        return lambda epoch: sampling.permutation(recipe.seed, epoch, samples)
     pages = StoredImages(path).pages
-    together = samples * window // len(np.unique(pages))
-    if together < global_batch:
+    held = samples * window // len(np.unique(pages))
+    if held < global_batch:
         raise UserError(
-            f"data.shuffle_pages is {window}: so many pages of {path} hold some {together} images, fewer than "
-            f"training.global_batch_size {global_batch}, so that the same ones would meet in every epoch; set it higher"
+            f"data.shuffle_pages is {window}: so many pages of {path} hold some {held} images, "
+            f"fewer than training.global_batch_size {global_batch}, so that the same ones would "
+            "meet in every epoch; set it higher"
         )
-    return lambda epoch: sampling.page_permutation(seed, epoch, pages, window)
+    return lambda epoch: sampling.page_permutation(recipe.seed, epoch, pages, window)
 
 
 @dataclass(frozen=True)
@@ -133,47 +166,3 @@ class _Augmentation:
                 images, batch.labels, classes, data.mixup_alpha, data.cutmix_alpha, draw
             )
         return batch._replace(images=images, targets=targets)
-
-
-def eval_loader(recipe: Recipe, world: World, batch_size: int, split: str = "val") -> EpochLoader:
-    """Every image of ``split`` exactly once over all processes, unchanged and in order: rank r has
-    the samples r, r + size, ...
-
-    Processes may have unequal numbers of batches: no collective may stand inside the loop over
-    them.
-
-    Raises:
-        UserError: files missing, damaged or of another data set.
-    """
-    manifest = _manifest(recipe)
-
-    def order(epoch: int) -> np.ndarray:
-        return np.arange(world.rank, manifest.splits[split].samples, world.size)
-
-    def boxes(
-        heights: np.ndarray, widths: np.ndarray, epoch: int, chosen: np.ndarray
-    ) -> np.ndarray:
-        return (
-            sampling.whole_boxes(heights, widths)
-            if manifest.fixed_size
-            else sampling.centre_boxes(heights, widths)
-        )
-
-    path = readable_file(recipe.data, manifest, split)
-    size = recipe.data.evaluated_size
-    return EpochLoader(
-        path,
-        manifest,
-        split,
-        batch_size,
-        recipe.data.workers,
-        order,
-        boxes,
-        size=lambda epoch: size,
-    )
-
-
-def _manifest(recipe: Recipe) -> Manifest:
-    manifest = open_manifest(recipe.data.folder)
-    manifest.require(recipe.data)
-    return manifest

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.data.beton import layout
 from pipeline.data.epoch_loader import BATCHES_AHEAD
-from pipeline.data.manifest import open_manifest
+from pipeline.data.prepared import PreparedData
 from pipeline.distributed import World, gather_across_ranks
 from pipeline.errors import UserError
 from pipeline.recipe.schema import Recipe
@@ -41,14 +41,12 @@ class Memory:
         return f"{total / 1e9:.2f} GB ({self.processes} x {self.per_process / 1e9:.2f}), and {self.page_cache / 1e9:.2f} GB of page cache"
 
 
-def estimate(recipe: Recipe, micro_batch: int, processes: int) -> Memory:
-    """What the loaders of ``processes`` processes on a node will take, from the manifest and the
-    files' headers.
-    """
-    data, manifest = recipe.data, open_manifest(recipe.data.folder)
+def estimate(recipe: Recipe, prepared: PreparedData, micro_batch: int, processes: int) -> Memory:
+    """Estimate what the loaders of ``processes`` processes on a node will take."""
+    data, manifest = recipe.data, prepared.manifest
     batches = ((micro_batch, data.image_size), (recipe.evaluation.batch_size, data.evaluated_size))
     in_flight = sum((BATCHES_AHEAD + 2) * count * size * size * 3 for count, size in batches)
-    files = [data.folder / split.file for split in manifest.splits.values()]
+    files = [prepared.original(name) for name in manifest.splits]
     pages, images = zip(*map(layout, files), strict=True)
     decoding = data.workers * sum(images)
     tables = sum(split.samples for split in manifest.splits.values()) * TABLE_BYTES
@@ -58,7 +56,7 @@ def estimate(recipe: Recipe, micro_batch: int, processes: int) -> Memory:
     return Memory(in_flight + decoding + tables, processes, cache)
 
 
-def require_memory(recipe: Recipe, world: World, micro_batch: int) -> None:
+def check_memory(recipe: Recipe, prepared: PreparedData, world: World, micro_batch: int) -> None:
     """Say what loading will take on each node. Every process must call it, before it makes loaders.
 
     Raises:
@@ -66,7 +64,8 @@ def require_memory(recipe: Recipe, world: World, micro_batch: int) -> None:
     """
     node = os.uname().nodename
     processes = gather_across_ranks(node).count(node)
-    needed, available = estimate(recipe, micro_batch, processes), available_bytes()
+    needed = estimate(recipe, prepared, micro_batch, processes)
+    available = available_bytes()
     too_much = needed.per_process * processes > available
     for name, short, text, there in gather_across_ranks((node, too_much, str(needed), available)):
         if short:

@@ -10,7 +10,7 @@ import xxhash
 from tqdm import tqdm
 
 from pipeline.data.beton import REMEDY
-from pipeline.data.epoch_loader import EpochLoader
+from pipeline.data.epoch_loader import EpochLoader, Visit
 from pipeline.data.manifest import NAME, Manifest, SplitFile, open_manifest
 from pipeline.data.sampling import whole_boxes
 from pipeline.errors import UserError
@@ -70,15 +70,12 @@ def _compare_bytes(path: Path, split: SplitFile) -> None:
 def _decode(path: Path, manifest: Manifest, name: str) -> None:
     split = manifest.splits[name]
     everything = np.arange(split.samples)
-    loader = EpochLoader(
-        path,
-        manifest,
-        name,
-        BATCH,
-        len(os.sched_getaffinity(0)),
-        lambda epoch: everything,
-        lambda high, wide, *_: whole_boxes(high, wide),
+    visit = Visit(
+        order=lambda epoch: everything,
+        size=lambda epoch: manifest.image_size,
+        boxes=lambda heights, widths, *_: whole_boxes(heights, widths),
     )
+    loader = EpochLoader(path, manifest, name, BATCH, len(os.sched_getaffinity(0)), visit)
     counts = np.zeros(len(manifest.classes), np.int64)
     with (
         loader.epoch(0) as batches,

@@ -118,7 +118,7 @@ def deepspeed() -> str:
     import torch
 
     from pipeline.distributed import process_group
-    from pipeline.training.engine import build
+    from pipeline.training.engine import build_engine
     from pipeline.training.optim import build_optimizer
 
     _stand_alone()
@@ -128,7 +128,7 @@ def deepspeed() -> str:
     with process_group(RENDEZVOUS_SECONDS) as world:
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10))
         before = [parameter.detach().clone() for parameter in model.parameters()]
-        engine = build(recipe, model, build_optimizer(model, recipe.training), world)
+        engine = build_engine(recipe, model, build_optimizer(model, recipe.training), world)
         loss = engine(torch.rand(4, 3, 2, 2, device=world.device)).float().square().mean()
         engine.backward(loss)
         engine.step()
@@ -185,6 +185,7 @@ def ffcv() -> str:
 
     from pipeline.data.loaders import eval_loader
     from pipeline.data.prepare import prepare
+    from pipeline.data.prepared import open_prepared
     from pipeline.distributed import World
 
     planted = _planted_images()
@@ -207,7 +208,9 @@ def ffcv() -> str:
         }
         recipe = _recipe(name="doctor", data=data)
         prepare(recipe)
-        with eval_loader(recipe, World(), len(planted)).epoch(0) as batches:
+        with eval_loader(recipe, open_prepared(recipe.data), World(), len(planted)).epoch(
+            0
+        ) as batches:
             (loaded,) = [batch.images.permute(0, 2, 3, 1).numpy().copy() for batch in batches]
     margin = (SIDE - 2 * size) // 2
     crops = [image[margin:-margin, margin:-margin] for image in planted]

@@ -9,42 +9,29 @@ result.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.manifest import open_manifest
-from pipeline.files import write_atomically
-from pipeline.recipe.schema import DataRecipe
+from pipeline.data.prepared import PreparedData
+from pipeline.evaluation.metric import Result
+from pipeline.files import sha256_of, write_atomically
 
 # of the metrics' definitions: a change of one makes stored results unfit
 VERSION = 1
-Row = dict[str, str | float | int]
 
 
-@dataclass(frozen=True)
-class Result:
-    """What one metric says of one method: values by metric name, and the rows that its table and
-    figure show.
-    """
-
-    values: dict[str, float]
-    rows: list[Row]
-
-
-def identify(export: Path, data: DataRecipe) -> dict[str, str]:
+def identify(export: Path, prepared: PreparedData) -> dict[str, str]:
     """SHA-256 of the exported weights, of the export's description of its model, and of the images
     evaluated.
     """
-    validation = open_manifest(data.folder).splits["val"].file
     return {
-        "weights": _sha256(export / "model.safetensors"),
+        "weights": sha256_of(export / "model.safetensors"),
         "model": _model(export),
-        "data": _sha256(data.folder / validation),
+        "data": prepared.sha256("val"),
     }
 
 
-class ResultStore:
+class ResultCache:
     """The results in ``folder`` that belong to ``identity``."""
 
     def __init__(self, folder: Path, identity: Mapping[str, str]):
@@ -102,8 +89,3 @@ def _model(export: Path) -> str:
     config = json.loads((export / "config.json").read_text())
     decides = {key: config.get(key) for key in ("architecture", "num_classes", "model_args")}
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import UserError
+from pipeline.run_folder import RunFolder
 
 # pixels: a stored image must fit a page of FFCV's, which is smaller than 4 GiB
 MAX_RESOLUTION = 16_384
@@ -222,14 +223,14 @@ class Recipe:
     runs: str = "runs"
 
     @property
-    def folder(self) -> Path:
-        """The run folder: checkpoints, journal, resolved recipe, exports."""
-        return Path(self.runs) / self.name
+    def folder(self) -> RunFolder:
+        """The run folder."""
+        return RunFolder(Path(self.runs) / self.name)
 
     @property
     def tracking_uri(self) -> str:
         """MLflow's tracking URI, with the default filled in."""
-        return self.tracking.uri or f"sqlite:///{(Path(self.runs) / 'mlflow.db').resolve()}"
+        return self.folder.tracking_uri(self.tracking.uri)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts and scalars, ready for YAML or JSON."""

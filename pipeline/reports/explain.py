@@ -1,6 +1,4 @@
-"""``coda explain``: contribution maps of a user's own images or video, as pictures and one
-self-contained HTML page.
-"""
+"""Explanations of a user's own images or video, as pictures and one self-contained HTML page."""
 
 import difflib
 import logging
@@ -16,16 +14,16 @@ from tqdm import tqdm
 
 from pipeline.data.images import CENTRE_SHARE, BrokenImage, decode, read_file
 from pipeline.errors import UserError
-from pipeline.export import class_names, find_export, load_export
+from pipeline.export import class_names, load_export
 from pipeline.interpret.contributions import (
     Layer,
-    exact_layers,
     explainable_layers,
     layer_contributions,
 )
 from pipeline.recipe.load import load_stored
 from pipeline.reports.page import Section, write_page
-from pipeline.reports.plots import contribution_sheet, overlay
+from pipeline.reports.sheets import contribution_sheet, overlay, write_contributions
+from pipeline.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +47,14 @@ class Explainer:
     """An exported model with its class names, and what was chosen to be shown of it."""
 
     def __init__(
-        self, folder: Path, *, top_k: int = 3, wanted: str | None = None, all_layers: bool = False
+        self,
+        folder: RunFolder,
+        *,
+        top_k: int = 3,
+        wanted: str | None = None,
+        all_layers: bool = False,
     ):
-        export = find_export(folder)
+        export = folder.find_export()
         self.model: nn.Module = load_export(export)
         self.classes, self.size = class_names(export), load_stored(export).data.evaluated_size
         if not 1 <= top_k <= len(self.classes):
@@ -91,31 +94,13 @@ class Explainer:
         """
         probabilities, targets = self.choose(image[None])
         names = [f"{self.classes[c]}: p = {probabilities[0, c]:.2f}" for c in targets[0].tolist()]
-        junction = exact_layers(self.model, self.layers)[-1].name
-        found = layer_contributions(self.model, image[None], targets, [None, junction])
-        # (K, C, S, S), (K, h, w)
-        encoded, at_junction = found[None][0], found[junction][0].sum(1)
-        columns = {"colours of the input": encoded} if encoded.shape[1] == 6 else {}
-        columns |= {
-            "at the input": encoded.sum(1),
-            "over the image": self._over(image, encoded.sum(1)),
-        }
-        if junction is not None:
-            columns |= {
-                f"at {junction}": at_junction,
-                f"{junction} over the image": self._over(image, at_junction),
-            }
-        sheets = [
-            (
-                "Contributions at the input"
-                + (f" and at {junction}, the junction." if junction else "."),
-                stem.with_suffix(".png"),
-            )
-        ]
         rows = image.expand(len(names), *image.shape)
-        contribution_sheet(
-            rows, list(columns.values()), list(columns), sheets[0][1], row_titles=names
+        path = stem.with_suffix(".png")
+        junction = write_contributions(
+            self.model, self.layers, rows, targets[0], names, path, overlays=True
         )
+        at_junction = f" and at {junction}, the junction." if junction else "."
+        sheets = [("Contributions at the input" + at_junction, path)]
         if self.all_layers:
             path = stem.with_name(f"{stem.name}-layers.png")
             layers = [layer.name for layer in reversed(self.layers)]
@@ -150,12 +135,9 @@ class Explainer:
         )
         return self.classes[chosen]
 
-    def _over(self, image: Tensor, maps: Tensor) -> Tensor:
-        return torch.stack([overlay(image, one) for one in maps])
-
 
 def explain(
-    folder: Path,
+    folder: RunFolder,
     source: Path,
     output: Path,
     *,
@@ -201,9 +183,7 @@ def explain(
         )
     for line in skipped:
         log.warning("left out: %s", line)
-    write_page(
-        output / PAGE, f"{folder.resolve().name} explains {source.name}", NOTES, sections, skipped
-    )
+    write_page(output / PAGE, f"{folder.name} explains {source.name}", NOTES, sections, skipped)
     return output / PAGE
 
 

@@ -1,5 +1,6 @@
-"""What a finished run leaves for people: its export, the evaluation of that export, tables and
-pictures.
+"""The report of a run: the evaluation of its export, tables and pictures, and what MLflow gets.
+
+It is made from the export alone, at the end of a run and whenever `coda evaluate` asks for more.
 """
 
 import csv
@@ -14,18 +15,16 @@ from torch import Tensor, nn
 
 from pipeline.data.epoch_loader import EpochLoader, unit_range
 from pipeline.data.loaders import eval_loader
+from pipeline.data.prepared import PreparedData
 from pipeline.distributed import World, barrier, gather_across_ranks
 from pipeline.errors import UserError
-from pipeline.evaluation.cache import ResultStore, Row, identify
+from pipeline.evaluation.cache import ResultCache, identify
 from pipeline.evaluation.evaluate import Evaluation, evaluate, tasks
-from pipeline.export import find_export, load_export
+from pipeline.evaluation.metric import Row
+from pipeline.evaluation.metrics import METRICS
+from pipeline.export import load_export
 from pipeline.files import write_atomically
-from pipeline.interpret.contributions import (
-    exact_layers,
-    explainable_layers,
-    explanation_mode,
-    layer_contributions,
-)
+from pipeline.interpret.contributions import explainable_layers, explanation_mode
 from pipeline.interpret.methods import (
     METHODS,
     at_input_size,
@@ -34,70 +33,59 @@ from pipeline.interpret.methods import (
     own_place,
 )
 from pipeline.recipe.schema import Recipe
-from pipeline.reports.figures import (
-    alignment_figure,
-    depth_figure,
-    localisation_figure,
-    removal_figure,
-)
-from pipeline.reports.plots import contribution_sheet
+from pipeline.reports.sheets import contribution_sheet, write_contributions
+from pipeline.run_folder import RunFolder
 from pipeline.tracking import Tracker
 
-EVALUATION = "evaluation.json"
-TABLES, PICTURES, STORE = "tables", "pictures", "results"
-# of the pictures: contribution maps of a few images
-SHEET = "contributions.png"
 PICTURED_IMAGES = 6
 
 
-def conclude(folder: Path, recipe: Recipe, world: World) -> Evaluation:
-    """Evaluate the export of the run or export ``folder`` in full; write evaluation.json, tables
-    and pictures into ``folder``.
+def write_report(
+    folder: RunFolder, recipe: Recipe, prepared: PreparedData, world: World
+) -> Evaluation:
+    """Evaluate the export of a run in full; write evaluation.json, tables and pictures.
 
-    What was evaluated before with the same weights, images and settings is taken from
-    ``folder``/results and not computed again; evaluation.json holds all of that, whatever is asked
-    for now. Every process must call it.
+    What was evaluated before with the same weights, images and settings is taken from the run's
+    results and not computed again; evaluation.json holds all of that, whatever is asked for now.
+    Every process must call it, and gets the evaluation.
+
+    Args:
+        folder: of a run, or an export.
+        recipe: what is evaluated, and how.
+        prepared: the data.
+        world: this process among all.
 
     Raises:
-        UserError: no export, no prepared data, or a method that does not apply to the model.
+        UserError: no export, or a method that does not apply to the model.
     """
-    evaluation, exported = recipe.evaluation, find_export(folder)
+    settings, exported = recipe.evaluation, folder.find_export()
     model = load_export(exported).to(world.device)
-    for method in evaluation.methods:
+    for method in settings.methods:
         check_method(model, method)
-    loader = eval_loader(recipe, world, evaluation.batch_size)
-    identity = gather_across_ranks(identify(exported, recipe.data) if world.is_main else None)[0]
-    store = ResultStore(folder / STORE, identity)
-    result = evaluate(
-        model, recipe, loader, world, evaluation.final_metrics, evaluation.methods, store
+    loader = eval_loader(recipe, prepared, world, settings.batch_size)
+    identity = gather_across_ranks(identify(exported, prepared) if world.is_main else None)[0]
+    cache = ResultCache(folder.results, identity)
+    evaluation = evaluate(
+        model, recipe, loader, world, settings.final_metrics, settings.methods, cache
     )
     if world.is_main:
-        result = _with_known(result, store, tasks(evaluation.final_metrics, evaluation.methods))
-        shown = {
-            "name": recipe.name,
-            "model": recipe.model.name,
-            **identity,
-            "grid_size": evaluation.grid_size,
-        }
-        content = {**shown, "values": result.values, "tables": result.tables}
+        asked = tasks(settings.final_metrics, settings.methods)
+        evaluation = _with_known(evaluation, cache, asked)
+        description = {"name": recipe.name, "model": recipe.model.name, **identity}
+        description["grid_size"] = settings.grid_size
+        content = {**description, "values": evaluation.values, "tables": evaluation.tables}
         encoded = json.dumps(content, indent=1).encode()
-        if not (
-            pictures(folder)
-            and (folder / EVALUATION).is_file()
-            and (folder / EVALUATION).read_bytes() == encoded
-        ):
-            _write_tables(recipe.name, result, folder / TABLES)
-            _draw(model, recipe, world, loader, result, folder / PICTURES)
-            write_atomically(folder / EVALUATION, encoded)
+        if not (folder.all_pictures() and _holds(folder, encoded)):
+            _write_tables(recipe.name, evaluation, folder)
+            _draw(model, recipe, world, loader, evaluation, folder)
+            write_atomically(folder.evaluation, encoded)
     barrier()
-    return gather_across_ranks(result)[0]
+    return gather_across_ranks(evaluation)[0]
 
 
-def applicable_methods(folder: Path) -> list[str]:
-    """The explanation methods that say something about the exported model of the run or export
-    ``folder``.
-    """
-    model, found = load_export(find_export(folder)), []
+def applicable_methods(folder: RunFolder) -> list[str]:
+    """Find the explanation methods that say something about the exported model of a run."""
+    model, found = load_export(folder.find_export()), []
     for method in METHODS:
         with suppress(UserError):
             check_method(model, method)
@@ -105,79 +93,103 @@ def applicable_methods(folder: Path) -> list[str]:
     return found
 
 
-def track(tracker: Tracker, recipe: Recipe, folder: Path, result: Evaluation) -> None:
-    """Tell the tracker of the run in ``folder`` what ``conclude`` found.
+def track(tracker: Tracker, recipe: Recipe, folder: RunFolder, evaluation: Evaluation) -> None:
+    """Log what ``write_report`` found, and the files that it wrote.
 
     A metric that an earlier evaluation gave another value, under other settings, keeps it; the new
     one stands beside it as a tag.
     """
-    epoch = recipe.training.epochs
-    history = tracker.history()
-    changed = {
-        name: value
-        for name, value in result.values.items()
-        if history.get((name, epoch), value) != value
-    }
-    tracker.tags({f"evaluated again/{name}": str(value) for name, value in changed.items()})
-    tracker.metrics(result.values, step=epoch)
-    for index, point in enumerate(result.curve):
-        tracker.metrics({"interp/localisation_by_layer": point.localisation}, step=index)
-    for index, row in enumerate(result.tables.get("alignment", [])):
-        tracker.metrics({"interp/alignment_by_layer": float(row["median"])}, step=index)
-    tracker.artifact(folder / EVALUATION)
-    for path in pictures(folder):
-        tracker.artifact(path, PICTURES)
-    tracker.image(folder / PICTURES / SHEET, Path(SHEET).stem, step=epoch)
-    for path in sorted((folder / TABLES).glob("*.csv")):
-        tracker.artifact(path, TABLES)
+    epoch, history = recipe.training.epochs, tracker.history()
+    for name, value in evaluation.values.items():
+        if history.get((name, epoch), value) != value:
+            tracker.tags({f"evaluated again/{name}": str(value)})
+    tracker.metrics(evaluation.values, step=epoch)
+    for metric in evaluation.tables:
+        for name, (_, column) in METRICS[metric].by_layer.items():
+            for index, row in enumerate(evaluation.own_rows(metric)):
+                tracker.metrics({name: float(row[column])}, step=index)
+    tracker.artifact(folder.evaluation)
+    for path in folder.all_pictures():
+        tracker.artifact(path, folder.pictures.name)
+    tracker.image(folder.sheet, folder.sheet.stem, step=epoch)
+    for path in sorted(folder.tables.glob("*.csv")):
+        tracker.artifact(path, folder.tables.name)
 
 
-def pictures(folder: Path) -> list[Path]:
-    """The pictures that ``conclude`` left in ``folder``."""
-    return sorted((folder / PICTURES).glob("*.png"))
+def draw_contributions(model: nn.Module, world: World, loader: EpochLoader, path: Path) -> None:
+    """Write a sheet of a few validation images, the same at any time: what speaks for what.
+
+    Contributions are to each image's strongest class, at the input and at the junction.
+    """
+    images, targets, titles = _pictured(model, world, loader)
+    layers = explainable_layers(model, images[:1])
+    write_contributions(model, layers, images, targets, titles, path)
+
+
+def _holds(folder: RunFolder, encoded: bytes) -> bool:
+    """Whether evaluation.json is there with this content."""
+    return folder.evaluation.is_file() and folder.evaluation.read_bytes() == encoded
 
 
 def _with_known(
-    result: Evaluation, store: ResultStore, asked: Sequence[tuple[str, str]]
+    evaluation: Evaluation, cache: ResultCache, asked: Sequence[tuple[str, str]]
 ) -> Evaluation:
-    """``result`` joined with what else the store knows of the same weights and images."""
+    """``evaluation``, joined with what else is known of the same weights and images."""
     joined = Evaluation()
-    for (metric, method), known in store.known().items():
+    for (metric, method), known in cache.known().items():
         if (metric, method) not in asked:
             joined.add(metric, known)
-    joined.values |= result.values
-    for metric, rows in result.tables.items():
+    joined.values |= evaluation.values
+    for metric, rows in evaluation.tables.items():
         joined.tables[metric] = rows + joined.tables.get(metric, [])
     return joined
 
 
-def _write_tables(name: str, result: Evaluation, folder: Path) -> None:
-    """One CSV file for each metric's rows, and one for all values."""
+def _write_tables(name: str, evaluation: Evaluation, folder: RunFolder) -> None:
+    """Write one CSV file for each metric's rows, and one for all values."""
     values: list[Row] = [
-        {"run": name, "metric": metric, "value": value} for metric, value in result.values.items()
+        {"run": name, "metric": metric, "value": value}
+        for metric, value in evaluation.values.items()
     ]
-    for metric, rows in {"values": values, **result.tables}.items():
+    for metric, rows in {"values": values, **evaluation.tables}.items():
         text = io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_atomically(folder / f"{metric}.csv", text.getvalue().encode())
+        write_atomically(folder.tables / f"{metric}.csv", text.getvalue().encode())
 
 
-def draw_contributions(model: nn.Module, world: World, loader: EpochLoader, path: Path) -> None:
-    """A sheet of the same few validation images at any time: contributions to their strongest
-    class, at the input and the junction.
-    """
-    images, targets, titles = _pictured(model, world, loader)
-    junction = exact_layers(model, explainable_layers(model, images[:1]))[-1].name
-    found = layer_contributions(model, images, targets[:, None], [None, junction])
-    encoded = found[None][:, 0]  # (B, 3 or 6, H, W)
-    columns = {"colours of the input": encoded} if encoded.shape[1] == 6 else {}
-    columns["at the input"] = encoded.sum(1)
-    if junction is not None:
-        columns[f"at {junction}"] = found[junction][:, 0].sum(1)
-    maps = [column.cpu() for column in columns.values()]
-    contribution_sheet(images.cpu(), maps, list(columns), path, row_titles=titles)
+def _draw(
+    model: nn.Module,
+    recipe: Recipe,
+    world: World,
+    loader: EpochLoader,
+    evaluation: Evaluation,
+    folder: RunFolder,
+) -> None:
+    draw_contributions(model, world, loader, folder.sheet)
+    if len(recipe.evaluation.methods) > 1:
+        _draw_methods(model, recipe.evaluation.methods, world, loader, folder)
+    for name, rows in evaluation.tables.items():
+        metric = METRICS[name]
+        if metric.figure:
+            path = folder.pictures / f"{metric.picture or name}.png"
+            metric.figure(rows, recipe.evaluation, path)
+
+
+def _draw_methods(
+    model: nn.Module, methods: Sequence[str], world: World, loader: EpochLoader, folder: RunFolder
+) -> None:
+    """Write a sheet of the same images with the maps of every method."""
+    images, targets, names = _pictured(model, world, loader)
+    layers, maps = explainable_layers(model, images[:1]), []
+    for method in methods:
+        place = own_place(method, layers).name
+        found = attribution_maps(method, model, images, targets[:, None], [place])[place]
+        maps.append(at_input_size(found, *images.shape[2:])[:, 0].cpu())
+    titles = [method.replace("_", " ") for method in methods]
+    path = folder.pictures / "methods.png"
+    contribution_sheet(images.cpu(), maps, titles, path, row_titles=names)
 
 
 def _pictured(
@@ -190,45 +202,7 @@ def _pictured(
     with torch.no_grad(), explanation_mode(model):
         probabilities, targets = model(images).sigmoid().max(1)
     titles = [
-        f"{loader.classes[c]}: p = {p:.2f}"
-        for c, p in zip(targets.tolist(), probabilities.tolist(), strict=True)
+        f"{loader.classes[target]}: p = {probability:.2f}"
+        for target, probability in zip(targets.tolist(), probabilities.tolist(), strict=True)
     ]
     return images, targets, titles
-
-
-def _draw(
-    model: nn.Module,
-    recipe: Recipe,
-    world: World,
-    loader: EpochLoader,
-    result: Evaluation,
-    folder: Path,
-) -> None:
-    draw_contributions(model, world, loader, folder / SHEET)
-    if len(recipe.evaluation.methods) > 1:
-        images, targets, names = _pictured(model, world, loader)
-        layers = explainable_layers(model, images[:1])
-        maps = []
-        for method in recipe.evaluation.methods:
-            place = own_place(method, layers).name
-            found = attribution_maps(method, model, images, targets[:, None], [place])[place]
-            maps.append(at_input_size(found, *images.shape[2:])[:, 0].cpu())
-        titles = [method.replace("_", " ") for method in recipe.evaluation.methods]
-        contribution_sheet(images.cpu(), maps, titles, folder / "methods.png", row_titles=names)
-    draw_tables(result, recipe.evaluation.grid_size, folder)
-
-
-def draw_tables(result: Evaluation, grid_size: int, folder: Path) -> None:
-    """One figure for each table that has one."""
-    chance = 1 / grid_size**2
-    tables = result.tables
-    if rows := tables.get("depth"):
-        depth_figure(rows, chance, folder / "depth_curve.png")
-    if rows := tables.get("localisation"):
-        localisation_figure(rows, chance, folder / "localisation.png")
-    if rows := tables.get("localisation_2x2"):
-        localisation_figure(rows, 1 / 4, folder / "localisation_2x2.png")
-    if rows := tables.get("pixel_removal"):
-        removal_figure(rows, folder / "pixel_removal.png")
-    if rows := tables.get("alignment"):
-        alignment_figure(rows, folder / "alignment.png")

@@ -8,7 +8,6 @@ disk and renamed. DeepSpeed's own checkpoints overwrite in place, name the lates
 have written, and are loaded by unpickling.
 """
 
-import hashlib
 import io
 import json
 import logging
@@ -25,7 +24,8 @@ from torch import nn
 
 from pipeline.distributed import World, average_buffers, gather_across_ranks, together
 from pipeline.errors import UserError, report
-from pipeline.files import write_atomically
+from pipeline.files import sha256_of, sync, write_atomically
+from pipeline.training.learner import Learner
 from pipeline.training.lease import Lease
 
 log = logging.getLogger(__name__)
@@ -51,26 +51,19 @@ class Checkpoints:
     def __init__(self, folder: Path, world: World, classes: Sequence[str], lease: Lease):
         self.folder, self.world, self.classes, self.lease = folder, world, list(classes), lease
 
-    def save(
-        self, engine: "DeepSpeedEngine", updates: int, average: nn.Module | None = None
-    ) -> None:
-        """Write the state after ``updates`` optimiser updates, and leave it as it is. Every process
-        must call it.
+    def save(self, learner: Learner, updates: int) -> None:
+        """Write the state of ``learner`` after ``updates`` updates, and leave it as it is.
 
-        Args:
-            engine, updates: the training and how far it is.
-            average: an average of the model's weights, stored beside the model.
-
-        The model is written with the mean of the processes' batch norm statistics; each keeps its
-        own for going on.
+        Every process must call it. The model is written with the mean of the processes' batch norm
+        statistics; each keeps its own for going on.
 
         Raises:
             OSError: on every process, if one cannot write. The checkpoints before this one stay.
-            UserError: another start of the training has taken over.
+            UserError: another start of the run has taken over.
         """
         began = time.monotonic()
         temporary = self.folder / f".saving-{updates}-{self.world.incarnation}"
-        modules = _modules(engine, average)
+        modules = _modules(learner)
         own = {
             key: {
                 name: buffer.clone()
@@ -83,7 +76,7 @@ class Checkpoints:
             average_buffers(module)
         try:
             together(lambda: self._make(temporary), main_only=True)
-            together(lambda: self._write(engine, modules, temporary, updates, own))
+            together(lambda: self._write(learner, temporary, updates, own))
             together(lambda: self._publish(temporary, updates), main_only=True)
         except OSError as error:
             newest = next((path.name for path in _published(self.folder)), None)
@@ -106,6 +99,7 @@ class Checkpoints:
 
     def mark_best(self, updates: int, value: float) -> None:
         """Keep the checkpoint after ``updates``, just written, if no other has a higher ``value``.
+
         Every process must call it.
         """
 
@@ -117,35 +111,34 @@ class Checkpoints:
         together(mark, main_only=True)
 
     def newest(self) -> Path | None:
-        """Folder of the newest valid checkpoint, None if there is none. Every process must call it;
-        all get the same answer.
+        """Find the newest valid checkpoint; None if there is none.
+
+        Every process must call it; all get the same answer.
         """
         return gather_across_ranks(_newest_valid(self.folder) if self.world.is_main else None)[0]
 
-    def load(
-        self, engine: "DeepSpeedEngine", path: Path | None, average: nn.Module | None = None
-    ) -> int:
-        """Restore the checkpoint ``path``, if it is not None, and return its number of updates;
-        removes unfinished ones.
+    def remove_unfinished(self) -> None:
+        """Remove what saves have left that were cut off."""
+        for leftover in self.folder.glob(".saving-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
-        Restores into ``engine`` and ``average`` what ``save`` was given.
+    def load(self, learner: Learner, path: Path) -> int:
+        """Restore the checkpoint ``path`` into ``learner``. Every process must call it.
+
+        Returns:
+            its number of updates.
 
         Raises:
             UserError: it belongs to another model, or was sharded over another number of processes.
         """
-        if self.world.is_main:
-            for leftover in self.folder.glob(".saving-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        if path is None:
-            return 0
+        engine, modules = learner.engine, _modules(learner)
         state = _load(path / "model.pt")
         if state["shards"] != self._shards(engine):
             raise UserError(
                 f"checkpoint {path}: its optimiser is in {state['shards'] or 'no'} shards, "
-                f"this run needs {self._shards(engine) or 'none'}: start it with as many processes and the training.zero_stage "
-                "it was saved with, or train with zero_stage 0"
+                f"this run needs {self._shards(engine) or 'none'}: start it with as many processes "
+                "and the training.zero_stage it was saved with, or train with zero_stage 0"
             )
-        modules = _modules(engine, average)
         try:
             for key, module in modules.items():
                 module.load_state_dict(state[key])
@@ -180,14 +173,14 @@ class Checkpoints:
 
     def _write(
         self,
-        engine: "DeepSpeedEngine",
-        modules: dict[str, nn.Module],
+        learner: Learner,
         temporary: Path,
         updates: int,
         buffers: dict[str, dict[str, torch.Tensor]],
     ) -> None:
+        engine = learner.engine
         if self.world.is_main:
-            weights = {key: module.state_dict() for key, module in modules.items()}
+            weights = {key: module.state_dict() for key, module in _modules(learner).items()}
             state = {
                 **weights,
                 "classes": self.classes,
@@ -203,16 +196,17 @@ class Checkpoints:
 
     def _publish(self, temporary: Path, updates: int) -> None:
         files = {
-            file.name: [file.stat().st_size, _sha256(file)] for file in sorted(temporary.iterdir())
+            file.name: [file.stat().st_size, sha256_of(file)]
+            for file in sorted(temporary.iterdir())
         }
         write_atomically(temporary / "manifest.json", json.dumps(files, indent=1).encode())
-        _sync(temporary)
+        sync(temporary)
         final = self.folder / f"update-{updates}"
         self.lease.check()
         # a broken one, or the same state saved before a restart
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
-        _sync(self.folder)
+        sync(self.folder)
         best = self.folder / BEST
         spared = json.loads(best.read_text())["updates"] if best.exists() else None
         for old in _published(self.folder)[KEEP:]:
@@ -251,9 +245,10 @@ def _newest_valid(folder: Path) -> Path | None:
     return None
 
 
-def _modules(engine: "DeepSpeedEngine", average: nn.Module | None) -> dict[str, nn.Module]:
+def _modules(learner: Learner) -> dict[str, nn.Module]:
     """What has weights and buffers, by its name in ``model.pt``."""
-    return {"model": engine.module} | ({} if average is None else {"average": average})
+    modules = {"model": learner.engine.module}
+    return modules if learner.average is None else {**modules, "average": learner.average}
 
 
 def _sharded(engine: "DeepSpeedEngine") -> bool:
@@ -305,21 +300,8 @@ def _valid(path: Path) -> bool:
     try:
         files = json.loads((path / "manifest.json").read_text())
         return all(
-            (path / name).stat().st_size == size and _sha256(path / name) == digest
+            (path / name).stat().st_size == size and sha256_of(path / name) == digest
             for name, (size, digest) in files.items()
         )
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -62,7 +62,7 @@ def configuration(recipe: Recipe, world_size: int) -> dict[str, Any]:
     return configuration
 
 
-def build(
+def build_engine(
     recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
 ) -> "DeepSpeedEngine":
     """Put ``model`` and ``optimizer`` under DeepSpeed, in the process group that is open."""

@@ -14,16 +14,14 @@ from pathlib import Path
 from pipeline.distributed import World, lost_peer
 from pipeline.errors import UserError, tracebacks_wanted
 from pipeline.files import FULL
+from pipeline.run_folder import RunFolder
 from pipeline.training.stop import Stop
 
 log = logging.getLogger(__name__)
 
-FIRST_ERROR = "first_error.txt"
-STACKS = "stacks"
-
 
 @contextmanager
-def first_error(folder: Path, world: World, stop: Stop) -> Iterator[None]:
+def first_error(folder: RunFolder, world: World, stop: Stop) -> Iterator[None]:
     """Keep the first exception of any process in ``folder``/first_error.txt; of an earlier start's,
     only until the next.
 
@@ -32,7 +30,7 @@ def first_error(folder: Path, world: World, stop: Stop) -> Iterator[None]:
     exception is kept, asked to stop or not. A user's mistake that is found before there is a run
     leaves no file behind.
     """
-    path = folder / FIRST_ERROR
+    path = folder.first_error
     try:
         yield
     except Exception as error:
@@ -43,7 +41,7 @@ def first_error(folder: Path, world: World, stop: Stop) -> Iterator[None]:
                 exc_info=tracebacks_wanted(),
             )
             stop.leave()
-        if isinstance(error, UserError) and not folder.exists():
+        if isinstance(error, UserError) and not folder.path.exists():
             raise
         if isinstance(error, OSError) and error.errno in FULL and not error.filename:
             # a write into an open file says only that the disk is full, not which
@@ -83,9 +81,9 @@ class Watchdog:
     context manager.
     """
 
-    def __init__(self, folder: Path, world: World) -> None:
+    def __init__(self, folder: RunFolder, world: World) -> None:
         self._seconds = 0.9 * world.timeout_seconds
-        path = folder / STACKS / f"{world.incarnation}-rank-{world.rank}.txt"
+        path = folder.stacks / f"{world.incarnation}-rank-{world.rank}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._file = path, path.open("w")
 

@@ -10,16 +10,15 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
 
-LEASE = "lease"
-
 
 class Lease:
-    """The right of ``owner`` (``World.incarnation``) to write into ``folder``. For the main process
-    only.
+    """The right of ``owner`` (``World.incarnation``) to write into a run's folder.
+
+    For the main process only. ``path`` is the file that names the one who has it.
     """
 
-    def __init__(self, folder: Path, owner: str) -> None:
-        self._path, self._owner = folder / LEASE, owner
+    def __init__(self, path: Path, owner: str) -> None:
+        self._path, self._owner = path, owner
 
     def take(self) -> None:
         """Become the one who writes.

@@ -45,8 +45,8 @@ class Stop:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        first, self.asked = not self.asked, True
-        if first and self._nothing_to_save:
+        again, self.asked = self.asked, True
+        if self._nothing_to_save and not again:
             self.leave()
 
     @contextmanager

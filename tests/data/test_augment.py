@@ -7,13 +7,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from runs_for_tests import eval_loader, train_loader
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from pipeline.data import augment, sampling
 from pipeline.data.augment import color_jitter, mix, rand_augment, random_erasing
 from pipeline.data.epoch_loader import Batch
-from pipeline.data.loaders import eval_loader, train_loader
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.recipe.schema import training_size

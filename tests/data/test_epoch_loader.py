@@ -15,10 +15,10 @@ import pytest
 import torch
 from ffcv.fields.rgb_image import IMAGE_MODES
 from ffcv.types import HeaderType
+from runs_for_tests import eval_loader, train_loader
 from small_data import damage, recipe, stored
 
 from pipeline.data.epoch_loader import Batch, threads
-from pipeline.data.loaders import eval_loader, train_loader
 from pipeline.data.prepare import open_manifest
 from pipeline.data.sources import open_source
 from pipeline.data.stored_images import StoredImages
@@ -299,7 +299,6 @@ from pathlib import Path
 from small_data import recipe
 from pipeline.data import epoch_loader
 from pipeline.data.decode import decode
-from pipeline.data.loaders import train_loader
 from pipeline.distributed import World
 
 def show():

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs_for_tests import train_loader
 from small_data import write_images
 
 from pipeline.data import encode
 from pipeline.data.beton import measure
-from pipeline.data.loaders import train_loader
 from pipeline.data.prepare import open_manifest, prepare
-from pipeline.data.sources import SOURCES, Split, open_source
+from pipeline.data.sources import SOURCES, Source, Split, open_source
 from pipeline.distributed import World, process_group
 from pipeline.errors import UserError
 
@@ -45,9 +45,12 @@ class Faulty(Split):
 
 
 def faulty_source(count=100, **faults):
-    return lambda data: {
-        name: Faulty(("a",), np.zeros(count, np.int64), True, **faults) for name in ("train", "val")
-    }
+    return Source(
+        lambda data: {
+            name: Faulty(("a",), np.zeros(count, np.int64), True, **faults)
+            for name in ("train", "val")
+        }
+    )
 
 
 def one_line(error) -> str:

@@ -16,7 +16,7 @@ from pipeline.data.beton import MIN_PAGE
 from pipeline.data.chunk_journal import Journal
 from pipeline.data.images import BrokenImage
 from pipeline.data.prepare import prepare
-from pipeline.data.sources import SOURCES
+from pipeline.data.sources import SOURCES, Source
 from pipeline.errors import UserError
 
 # images of each split, in chunks of 5
@@ -80,7 +80,7 @@ def test_a_stopped_writer_continues(reference, recipe, monkeypatch, number, capl
 
 def counting(read):
     """The source, counting how many images are read in all processes."""
-    splits = faulty_source(COUNT)(None)
+    splits = faulty_source(COUNT).open(None)
     kind = type(splits["train"])
 
     class Counting(kind):
@@ -89,15 +89,16 @@ def counting(read):
                 read.value += 1
             return super().read(index)
 
-    return lambda data: {
+    counted = {
         name: Counting(split.classes, split.labels, split.fixed_size)
         for name, split in splits.items()
     }
+    return Source(lambda data: counted)
 
 
 def test_a_broken_image_is_repaired_and_writing_continues(reference, recipe, monkeypatch):
     def broken(data):
-        splits = faulty_source(COUNT)(data)
+        splits = faulty_source(COUNT).open(data)
 
         class Broken(type(splits["train"])):
             def read(self, index):
@@ -107,7 +108,7 @@ def test_a_broken_image_is_repaired_and_writing_continues(reference, recipe, mon
 
         return {**splits, "train": Broken(splits["train"].classes, splits["train"].labels, True)}
 
-    monkeypatch.setitem(SOURCES, "squares", broken)
+    monkeypatch.setitem(SOURCES, "squares", Source(broken))
     with pytest.raises(UserError) as error:
         prepare(recipe)
     assert "square 32: is not a readable image: is broken" in one_line(

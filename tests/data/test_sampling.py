@@ -5,9 +5,9 @@ claims.
 import numpy as np
 import pytest
 import torch
+from runs_for_tests import train_loader
 
 from pipeline.data import sampling
-from pipeline.data.loaders import train_loader
 from pipeline.distributed import World
 
 INDICES = np.arange(20_000)

@@ -8,11 +8,12 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
+from runs_for_tests import eval_loader, train_loader
 
 from pipeline.data import memory, sampling, staging
 from pipeline.data.epoch_loader import Batch
-from pipeline.data.loaders import eval_loader, train_loader
 from pipeline.data.manifest import open_manifest
+from pipeline.data.prepared import open_prepared
 from pipeline.data.stored_images import StoredImages
 from pipeline.distributed import World
 from pipeline.errors import UserError
@@ -139,7 +140,7 @@ def test_paged_loader_does_not_depend_on_the_world_size(digits, make_recipe):
 
 def test_estimate_is_of_what_is_allocated(photos, make_recipe):
     recipe = make_recipe(**photos, workers=2)
-    needed = memory.estimate(recipe, micro_batch=100, processes=3)
+    needed = memory.estimate(recipe, open_prepared(recipe.data), micro_batch=100, processes=3)
     largest = max(
         int((loader._stored.heights * loader._stored.widths).max()) * 3
         for loader in [eval_loader(recipe, World(), 4)]
@@ -151,7 +152,8 @@ def test_estimate_is_of_what_is_allocated(photos, make_recipe):
     assert needed.page_cache == sum(
         (recipe.data.folder / name).stat().st_size for name in ("train.beton", "val.beton")
     )
-    paged = memory.estimate(make_recipe(**photos, shuffle_pages=1), 100, 1)
+    one_page = make_recipe(**photos, shuffle_pages=1)
+    paged = memory.estimate(one_page, open_prepared(one_page.data), 100, 1)
     assert paged.page_cache <= needed.page_cache
 
 
@@ -160,15 +162,15 @@ def test_too_little_memory_is_refused_before_anything_is_allocated(
 ):
     caplog.set_level("INFO")
     recipe = make_recipe(prepared=digits)
-    memory.require_memory(recipe, World(), 64)
+    memory.check_memory(recipe, open_prepared(recipe.data), World(), 64)
     assert "loading needs 0.00 GB (1 x 0.00)" in caplog.text
     monkeypatch.setattr(memory, "available_bytes", lambda: 2 << 20)
     with pytest.raises(
         UserError,
         match=r"node .*: loading needs .* 0\.00 GB of memory are available; lower training.micro_batch_size",
     ):
-        memory.require_memory(recipe, World(), 2048)
-    memory.require_memory(recipe, World(), 64)
+        memory.check_memory(recipe, open_prepared(recipe.data), World(), 2048)
+    memory.check_memory(recipe, open_prepared(recipe.data), World(), 64)
     assert "does not fit into the page cache" in caplog.text
 
 

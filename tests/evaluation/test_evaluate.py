@@ -9,16 +9,16 @@ import pytest
 import torch
 from processes import run_on, stand_as
 from recipes_for_tests import small_recipe
+from runs_for_tests import eval_loader
 from torch import nn
 
 from pipeline.data.epoch_loader import unit_range
-from pipeline.data.loaders import eval_loader
 from pipeline.distributed import World, process_group
-from pipeline.evaluation.evaluate import METRICS, evaluate
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.metrics import METRICS, tracked_names
 from pipeline.interpret.methods import METHODS
 from pipeline.models.create import build_model
 from pipeline.recipe.schema import Method, Metric
-from pipeline.tracking import METRICS as TRACKED
 
 EVERYTHING = tuple(METRICS)
 CHANGES = dict(
@@ -146,7 +146,7 @@ def test_names_of_recipe_and_tracking_are_those_of_the_tables(prepared):
         EVERYTHING,
         ("contributions", "gradcam", "input_x_gradient"),
     )
-    assert set(result.values) <= set(TRACKED)
+    assert set(result.values) <= set(tracked_names())
     of_gradcam = {name for name in result.values if name.startswith("interp/gradcam/")}
     assert {
         "interp/gradcam/localisation_median",

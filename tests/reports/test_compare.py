@@ -13,8 +13,10 @@ from recipes_for_tests import small_recipe
 
 from pipeline.cli import main
 from pipeline.errors import UserError
-from pipeline.reports.compare import closing, differences, find_runs, mlflow_views, report, table
-from pipeline.reports.figures import ComparedRuns
+from pipeline.reports.closing import closing, table
+from pipeline.reports.compare import mlflow_pages, write_comparison
+from pipeline.reports.compared import differences, find_runs
+from pipeline.reports.figures import RecipeCurves
 
 
 def evaluated(runs, name, uri, top1, *, rank=2, seed=0, experiment="digits", parent=None):
@@ -28,7 +30,7 @@ def evaluated(runs, name, uri, top1, *, rank=2, seed=0, experiment="digits", par
         model__args=args,
         tracking={"uri": uri, "experiment": experiment, "parent": parent},
     )
-    folder = recipe.folder
+    folder = recipe.folder.path
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
     values = {
@@ -58,7 +60,7 @@ def test_the_same_comparison_as_text_page_and_picture(tmp_path):
     assert re.search(
         r"low +0\.7500 +2\.0e-07 +0\.2250 +0\.8000", table(runs)
     ) and "chance 0.111" in table(runs)
-    page = report(runs, tmp_path / "out").read_text()
+    page = write_comparison(runs, tmp_path / "out").read_text()
     for shown in (
         "0.7500",
         "0.2250",
@@ -91,14 +93,14 @@ def test_seeds_of_one_recipe_are_averaged(tmp_path):
         r"a and 2 more +0\.8000 ± 0\.1000 +2\.0e-07 ± 0\.0e\+00 +0\.2400 ± 0\.0300 +0\.8000 ± 0\.0000 +- +-",
         mean,
     )
-    assert "<td>0.8000 ± 0.1000</td>" in report(runs, tmp_path / "out").read_text()
+    assert "<td>0.8000 ± 0.1000</td>" in write_comparison(runs, tmp_path / "out").read_text()
 
 
 def test_scores_of_a_layer_come_together():
-    runs = ComparedRuns("two", [], [[(0.5, 0.2), (0.1, 0.8)], [(0.1, 0.6), (0.5, 0.4)]])
+    runs = RecipeCurves("two", [], [[(0.5, 0.2), (0.1, 0.8)], [(0.1, 0.6), (0.5, 0.4)]])
     assert (
         runs.points == [(0.1, [0.8, 0.6]), (0.5, [0.2, 0.4])]
-        and ComparedRuns("none", [{}], []).points == []
+        and RecipeCurves("none", [{}], []).points == []
     )
 
 
@@ -107,7 +109,7 @@ def test_mlflow_shows_exactly_these_runs(tmp_path):
         evaluated(tmp_path, name, "http://mlflow.lab:5000/", 0.5)
     evaluated(tmp_path, "c", None, 0.5)
     served, local = sorted(
-        mlflow_views(find_runs([str(tmp_path / name) for name in "abc"], tmp_path))
+        mlflow_pages(find_runs([str(tmp_path / name) for name in "abc"], tmp_path))
     )[::-1]
     assert (
         served[1] is None
@@ -172,7 +174,7 @@ def test_an_experiment_and_a_sweep_name_their_runs(tmp_path):
         "b",
     ]
     with pytest.raises(
-        UserError, match="nothing: is no run's folder.*experiments there: digits, other"
+        UserError, match="nothing: is not a run's folder.*experiments there: digits, other"
     ):
         find_runs(["nothing"], tmp_path)
 

@@ -14,6 +14,7 @@ from pipeline.cli import main
 from pipeline.export import export
 from pipeline.models.create import build_model
 from pipeline.reports.explain import Explainer
+from pipeline.run_folder import RunFolder
 
 NAMES = ["zero", "<b>one</b>", *(f"class {c}" for c in range(2, 10))]
 
@@ -135,7 +136,7 @@ def test_mistakes_end_in_one_line(exported, tmp_path, capfd, name, content, opti
 
 def test_the_model_sees_what_evaluation_shows(exported):
     """The stored pixels where they fit, else the central square less the margin."""
-    explainer = Explainer(exported)
+    explainer = Explainer(RunFolder(exported))
     small = explainer.view(digit(5))
     assert small.shape == (3, 8, 8) and torch.equal(
         (small * 255).round().byte()[0], torch.from_numpy(np.array(digit(5)))[..., 0]

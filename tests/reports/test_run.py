@@ -5,19 +5,22 @@ decides whether it is used.
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from recipes_for_tests import small_recipe
+from runs_for_tests import report
 
 from pipeline.cli import main
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluate import METRICS, Metric
-from pipeline.export import FOLDER, export
+from pipeline.evaluation.metrics import METRICS
+from pipeline.export import export
 from pipeline.models.create import build_model
 from pipeline.recipe.load import load_stored
-from pipeline.reports.run import EVALUATION, applicable_methods, conclude
+from pipeline.reports.run import applicable_methods
+from pipeline.run_folder import RunFolder
 
 SMALL = {
     "grid_size": 2,
@@ -43,8 +46,8 @@ def exported(prepared, tmp_path):
     """An export of an untrained network."""
     recipe = small_recipe(prepared, model__args=ARGS)
     torch.manual_seed(1)
-    export(build_model(recipe.model, 10), recipe, [str(c) for c in range(10)], tmp_path / FOLDER)
-    return tmp_path / FOLDER
+    export(build_model(recipe.model, 10), recipe, [str(c) for c in range(10)], tmp_path / "export")
+    return tmp_path / "export"
 
 
 @pytest.fixture
@@ -57,14 +60,14 @@ def computed(monkeypatch):
             names.append((name, method))
             return metric.compute(subject, method)
 
-        monkeypatch.setitem(METRICS, name, Metric(compute, metric.by_method, metric.settings))
+        monkeypatch.setitem(METRICS, name, replace(metric, compute=compute))
     return names
 
 
 def test_nothing_is_computed_twice_and_everything_stays_known(exported, computed):
     wanted = ["accuracy", "alignment", "localisation", "pixel_removal"]
     recipe = changed(exported, wanted, methods=["contributions", "gradcam"])
-    first = conclude(exported, recipe, World())
+    first = report(exported, recipe, World())
     assert len(computed) == 6
     files = {path: path.stat().st_mtime_ns for path in exported.rglob("*") if path.is_file()}
     assert {
@@ -74,12 +77,12 @@ def test_nothing_is_computed_twice_and_everything_stays_known(exported, computed
         "localisation.png",
         "methods.png",
     } <= {path.name for path in files}
-    again = conclude(exported, recipe, World())
+    again = report(exported, recipe, World())
     assert len(computed) == 6 and again == first
     assert {
         path: path.stat().st_mtime_ns for path in exported.rglob("*") if path.is_file()
     } == files
-    less = conclude(exported, changed(exported, ["completeness"]), World())
+    less = report(exported, changed(exported, ["completeness"]), World())
     assert computed[6:] == [("completeness", "contributions")]
     # evaluation.json keeps what is known
     assert set(less.values) == set(first.values) | {"interp/completeness_error"}
@@ -97,18 +100,18 @@ def test_an_interrupted_evaluation_continues(exported, computed, monkeypatch):
     def interrupted(subject, method):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(METRICS, "alignment", Metric(interrupted, False, alignment.settings))
+    monkeypatch.setitem(METRICS, "alignment", replace(alignment, compute=interrupted))
     with pytest.raises(KeyboardInterrupt):
-        conclude(exported, recipe, World())
-    assert not (exported / EVALUATION).exists()
+        report(exported, recipe, World())
+    assert not (exported / "evaluation.json").exists()
     monkeypatch.setitem(METRICS, "alignment", going["alignment"])
-    conclude(exported, recipe, World())
+    report(exported, recipe, World())
     assert [name for name, _ in computed] == ["accuracy", "alignment", "completeness"]
 
 
 def test_settings_weights_and_images_decide(exported, computed, prepared, tmp_path):
-    conclude(exported, changed(exported, ["completeness"]), World())
-    conclude(
+    report(exported, changed(exported, ["completeness"]), World())
+    report(
         exported,
         changed(exported, ["completeness"], completeness_images=6, grids=1, every_epochs=3),
         World(),
@@ -120,7 +123,7 @@ def test_settings_weights_and_images_decide(exported, computed, prepared, tmp_pa
     # the same weights at another T
     export(build_model(other.model, 10), other, [str(c) for c in range(10)], tmp_path / "other")
     shutil.copytree(exported / "results", tmp_path / "other" / "results")
-    conclude(tmp_path / "other", changed(tmp_path / "other", ["completeness"]), World())
+    report(tmp_path / "other", changed(tmp_path / "other", ["completeness"]), World())
     assert len(computed) == 3
     data = tmp_path / "data"
     shutil.copytree(prepared / "data", data)
@@ -137,15 +140,19 @@ def test_settings_weights_and_images_decide(exported, computed, prepared, tmp_pa
             "evaluation.completeness_images=5",
         ],
     )
-    conclude(exported, moved, World())
+    report(exported, moved, World())
     assert len(computed) == 4
 
 
 def test_methods_that_do_not_apply(exported):
-    assert set(applicable_methods(exported)) >= {"contributions", "gradcam", "occlusion_9"}
-    assert not {"guided_backprop", "deep_lift"} & set(applicable_methods(exported))
+    assert set(applicable_methods(RunFolder(exported))) >= {
+        "contributions",
+        "gradcam",
+        "occlusion_9",
+    }
+    assert not {"guided_backprop", "deep_lift"} & set(applicable_methods(RunFolder(exported)))
     with pytest.raises(UserError, match="deep_lift"):
-        conclude(exported, changed(exported, ["localisation"], methods=["deep_lift"]), World())
+        report(exported, changed(exported, ["localisation"], methods=["deep_lift"]), World())
     assert not (exported / "results").exists()
 
 
@@ -158,10 +165,10 @@ def test_the_command_line_evaluates_into_the_same_run(prepared, tmp_path, capsys
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe.to_dict()))
     assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
     run, settings = (
-        str(recipe.folder),
+        str(recipe.folder.path),
         [f"evaluation.{key}={value}" for key, value in SMALL.items()],
     )
-    before = (recipe.folder / "run_id").read_text()
+    before = (recipe.folder.path / "run_id").read_text()
     assert (
         main(
             ["evaluate", run, "--metrics", "all", "--methods", "contributions,gradient", *settings]
@@ -170,7 +177,7 @@ def test_the_command_line_evaluates_into_the_same_run(prepared, tmp_path, capsys
     )
     client = mlflow_client(recipe.tracking_uri)
     mlflow_run = client.get_run(before)
-    values = json.loads((recipe.folder / EVALUATION).read_text())["values"]
+    values = json.loads((recipe.folder.evaluation).read_text())["values"]
     assert mlflow_run.info.status == "FINISHED" and "interp/gradient/pixel_removal_most" in values
     assert {name: mlflow_run.data.metrics[name] for name in values} == pytest.approx(values)
     assert [run.info.run_id for run in client.search_runs([mlflow_run.info.experiment_id])] == [

@@ -54,7 +54,7 @@ class Training:
 
     @property
     def saved(self) -> int:
-        found = (self.recipe.folder / "checkpoints").glob("update-*")
+        found = (self.recipe.folder.path / "checkpoints").glob("update-*")
         return max((int(path.name.removeprefix("update-")) for path in found), default=0)
 
     def processes(self) -> dict[int, int]:
@@ -87,7 +87,7 @@ class Training:
         return self.processes()[self.random.randrange(2)]
 
     def wait_for_saving(self) -> None:
-        checkpoints = self.recipe.folder / "checkpoints"
+        checkpoints = self.recipe.folder.path / "checkpoints"
         self.job.wait(lambda: any(checkpoints.glob(".saving-*")), "a save", every=0.001)
 
     def signal(self, name: str) -> None:
@@ -172,7 +172,7 @@ def stop_rank(training: Training) -> Iterator[None]:
     yield
     for rank in range(2):
         stacks = (
-            training.recipe.folder
+            training.recipe.folder.path
             / "stacks"
             / f"slurm-{training.job.number}.{attempt}-rank-{rank}.txt"
         )
@@ -308,13 +308,13 @@ def strike(training: Training, name: str) -> tuple[float, float]:
 
 
 def weights(recipe: Recipe) -> bytes:
-    return (recipe.folder / "export" / "model.safetensors").read_bytes()
+    return (recipe.folder.path / "export" / "model.safetensors").read_bytes()
 
 
 def metrics(recipe: Recipe) -> list[tuple[str, int, float]]:
     """All entries of the journal but those that a clock decides."""
     lines = [
-        json.loads(line) for line in (recipe.folder / "journal.jsonl").read_text().splitlines()
+        json.loads(line) for line in (recipe.folder.path / "journal.jsonl").read_text().splitlines()
     ]
     found = [
         (line["key"], line["step"], line["value"]) for line in lines if line["kind"] == "metric"

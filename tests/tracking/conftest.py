@@ -183,7 +183,7 @@ def two_runs(team, prepared, tmp_path_factory):
         with (folder / f"{name}.log").open("w") as log:
             command = [sys.executable, "-m", "pipeline", "train", str(path)]
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-        folders.append(recipe.folder)
+        folders.append(recipe.folder.path)
     for process, name in zip(processes, ("hybrid", "plain"), strict=True):
         assert process.wait(400) == 0, (folder / f"{name}.log").read_text()[-2000:]
     return folders

@@ -13,6 +13,7 @@ import timm
 import torch
 from processes import forget_process_groups, free_port, run_on, stand_as
 from recipes_for_tests import small_recipe
+from runs_for_tests import StartedRun
 from safetensors.torch import save_file
 
 from pipeline.distributed import gather_across_ranks, process_group
@@ -21,27 +22,13 @@ from pipeline.training.checkpoint import newest_model
 from pipeline.training.lease import Lease
 
 
-def updates(run, count):
-    """``count`` updates from where the run stands, without evaluation."""
-    epoch, done = divmod(run.updates, run.updates_per_epoch)
-    run.engine.train()
-    with run.batches.epoch(epoch, done * run.accumulation) as batches:
-        for _ in range(count):
-            run._update(batches)
-            run.updates += 1
-
-
 def weights(run):
     modules = [run.engine.module, *([] if run.average is None else [run.average])]
     return [tensor.clone() for module in modules for tensor in module.state_dict().values()]
 
 
 def build(folder, world, **changes):
-    from pipeline.training.loop import Run
-
-    run = Run(small_recipe(folder, **changes), world)
-    run.start()
-    return run
+    return StartedRun(small_recipe(folder, **changes), world)
 
 
 def statistics(run):
@@ -68,9 +55,9 @@ def _resumed_equals_uninterrupted(rank, size, port, folder, runs, optimizer, sta
     )
     with process_group(timeout_seconds=120) as world:
         whole = build(folder, world, **changes)
-        updates(whole, 2)
+        whole.update(2)
         before = statistics(whole)
-        whole.checkpoints.save(whole.engine, whole.updates, whole.average)
+        whole.save()
         own, other = gather_across_ranks(before)
         stored = torch.load(whole.checkpoints.folder / "update-2" / "model.pt", weights_only=True)
         for (key, name), kept in statistics(whole).items():
@@ -79,21 +66,17 @@ def _resumed_equals_uninterrupted(rank, size, port, folder, runs, optimizer, sta
             torch.testing.assert_close(stored[key][name], (one + two) / 2)
             # for going on
             assert torch.equal(kept, before[key, name])
-        updates(whole, 3)
+        whole.update(3)
         torch.manual_seed(rank + 99)
         parted = build(folder, world, **changes)
         assert parted.updates == 2
-        updates(parted, 3)
+        parted.update(3)
         assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(parted), strict=True))
 
 
 def again(run):
     """The same training, started once more."""
-    from pipeline.training.loop import Run
-
-    other = Run(run.recipe, run.world)
-    other.start()
-    return other
+    return StartedRun(run.recipe, run.world)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +90,7 @@ def test_resumed_equals_uninterrupted_bitwise_on_two_processes(
 
 def _evaluated(rank, size, port, folder, runs):
     from pipeline.training import loop
+    from pipeline.training.run import train
 
     seen, evaluate = [], loop.evaluate
 
@@ -124,7 +108,7 @@ def _evaluated(rank, size, port, folder, runs):
         training__epochs=2,
     )
     with process_group(timeout_seconds=120) as world:
-        loop.train(recipe, world)
+        train(recipe, world)
         one, other = gather_across_ranks(seen)
     # after the first epoch; the last evaluation is of the export
     assert len(one) == 1
@@ -152,8 +136,8 @@ def _through_worlds(rank, _, __, ports, folder, runs):
             with process_group(timeout_seconds=120) as world:
                 run = build(folder, world, runs=str(runs), **WITHOUT_BATCH_NORM)
                 assert run.updates == 2 * turn
-                updates(run, 2)
-                run.checkpoints.save(run.engine, run.updates, run.average)
+                run.update(2)
+                run.save()
             forget_process_groups()
 
 
@@ -165,7 +149,7 @@ def test_resumed_on_other_numbers_of_processes_within_rounding(prepared, tmp_pat
     with process_group() as world:
         whole = build(prepared, world, runs=str(tmp_path / "whole"), **WITHOUT_BATCH_NORM)
         before = weights(whole)
-        updates(whole, 2 * len(WORLDS))
+        whole.update(2 * len(WORLDS))
         parted = build(prepared, world, runs=str(tmp_path / "parted"), **WITHOUT_BATCH_NORM)
         assert parted.updates == whole.updates
     difference = max(
@@ -181,8 +165,8 @@ def saved(prepared, tmp_path):
     with process_group() as world:
         run = build(prepared, world, runs=str(tmp_path))
         for _ in range(2):
-            updates(run, 1)
-            run.checkpoints.save(run.engine, run.updates, run.average)
+            run.update(1)
+            run.save()
         yield run
 
 
@@ -204,8 +188,8 @@ def test_weights_that_a_training_began_with_are_needed_only_once(prepared, tmp_p
     )
     with process_group() as world:
         run = build(prepared, world, **changes)
-        updates(run, 1)
-        run.checkpoints.save(run.engine, run.updates, run.average)
+        run.update(1)
+        run.save()
         source.unlink()
         resumed = again(run)
         assert resumed.updates == 1
@@ -223,8 +207,8 @@ def test_an_unfinished_checkpoint_is_removed(saved):
 
 
 def test_only_the_newest_are_kept(saved):
-    updates(saved, 1)
-    saved.checkpoints.save(saved.engine, saved.updates)
+    saved.update(1)
+    saved.save()
     assert sorted(path.name for path in saved.checkpoints.folder.iterdir()) == [
         "update-2",
         "update-3",
@@ -234,8 +218,8 @@ def test_only_the_newest_are_kept(saved):
 def test_the_best_is_kept_beside_the_newest(saved):
     saved.checkpoints.mark_best(2, 0.9)
     for _ in range(3):
-        updates(saved, 1)
-        saved.checkpoints.save(saved.engine, saved.updates)
+        saved.update(1)
+        saved.save()
         saved.checkpoints.mark_best(saved.updates, 0.8)
     assert {path.name for path in saved.checkpoints.folder.glob("update-*")} == {
         "update-2",
@@ -248,14 +232,14 @@ def test_a_disk_without_room_leaves_the_checkpoints_before_it(saved):
     """A limit on the size of files stands for the disk: the kernel refuses the same write with
     another number.
     """
-    updates(saved, 1)
+    saved.update(1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
         with pytest.raises(
             OSError, match="cannot be written: File too large; update-2 stays the newest"
         ) as failure:
-            saved.checkpoints.save(saved.engine, saved.updates)
+            saved.save()
         assert failure.value.errno == errno.EFBIG and failure.value.filename.endswith(
             "checkpoints/update-3"
         )
@@ -265,15 +249,15 @@ def test_a_disk_without_room_leaves_the_checkpoints_before_it(saved):
         "update-1",
         "update-2",
     ]
-    saved.checkpoints.save(saved.engine, saved.updates)
+    saved.save()
     assert newest_model(saved.checkpoints.folder)
 
 
 def test_a_start_that_was_superseded_cannot_write(saved):
-    updates(saved, 1)
-    Lease(saved.recipe.folder, "slurm-7.1").take()
+    saved.update(1)
+    Lease(saved.recipe.folder.lease, "slurm-7.1").take()
     with pytest.raises(UserError, match="slurm-7.1 has taken over"):
-        saved.checkpoints.save(saved.engine, saved.updates)
+        saved.save()
     assert sorted(path.name for path in saved.checkpoints.folder.iterdir()) == [
         "update-1",
         "update-2",
@@ -281,20 +265,20 @@ def test_a_start_that_was_superseded_cannot_write(saved):
 
 
 def test_an_older_restart_of_a_job_does_not_take_over(tmp_path):
-    newer, older = Lease(tmp_path, "slurm-7.10"), Lease(tmp_path, "slurm-7.9")
+    newer, older = Lease(tmp_path / "lease", "slurm-7.10"), Lease(tmp_path / "lease", "slurm-7.9")
     older.take()
     newer.take()
     with pytest.raises(UserError, match=r"slurm-7.10 is training it, so the older slurm-7.9 stops"):
         older.take()
     newer.check()
     # another job is no older one
-    Lease(tmp_path, "slurm-8.0").take()
+    Lease(tmp_path / "lease", "slurm-8.0").take()
 
 
 def test_a_save_says_how_long_and_how_much(saved, caplog):
     caplog.set_level("INFO")
-    updates(saved, 1)
-    saved.checkpoints.save(saved.engine, saved.updates)
+    saved.update(1)
+    saved.save()
     assert re.search(r"saved .*update-3: \d+\.\d MB in \d+\.\d\d s", caplog.text)
 
 

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from data.small_data import damage
 from recipes_for_tests import small_recipe
+from runs_for_tests import train_loader
 
-from pipeline.data.loaders import train_loader
 from pipeline.data.prepare import prepare
 from pipeline.distributed import World
 
@@ -56,7 +56,7 @@ def test_a_broken_image_on_one_process_ends_all(tmp_path):
             process.kill()
     message = f"train.beton: image {SAMPLE} cannot be decoded"
     assert message in (tmp_path / f"log-{reader}").read_text().splitlines()[-1]
-    assert message in (recipe.folder / "first_error.txt").read_text()
+    assert message in (recipe.folder.path / "first_error.txt").read_text()
 
 
 @pytest.mark.timeout(60)

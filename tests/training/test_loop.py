@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -20,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.export import load_export
 from pipeline.interpret.contributions import contributions
 from pipeline.training.checkpoint import newest_model
-from pipeline.training.loop import train
+from pipeline.training.run import train
 
 # what a clock says is not reproducible
 TIMED = ("speed/",)
@@ -29,7 +30,7 @@ TIMED = ("speed/",)
 def history(recipe):
     """Metrics in the run's journal, [(name, step, value)] in the order in which they were written."""
     lines = [
-        json.loads(line) for line in (recipe.folder / "journal.jsonl").read_text().splitlines()
+        json.loads(line) for line in (recipe.folder.path / "journal.jsonl").read_text().splitlines()
     ]
     return [
         (line["key"], line["step"], line["value"]) for line in lines if line["kind"] == "metric"
@@ -81,7 +82,7 @@ def test_killed_and_started_again_ends_as_if_it_had_never_stopped(prepared, tmp_
     for wanted in ("update-8", "update-22"):
         process = command(killed, tmp_path)
         deadline = time.monotonic() + 300
-        while not list((killed.folder / "checkpoints").glob(wanted)):
+        while not list((killed.folder.checkpoints).glob(wanted)):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
@@ -89,7 +90,8 @@ def test_killed_and_started_again_ends_as_if_it_had_never_stopped(prepared, tmp_
     last = command(killed, tmp_path)
     assert last.wait(300) == 0
     weights = [
-        (recipe.folder / "export" / "model.safetensors").read_bytes() for recipe in (whole, killed)
+        (recipe.folder.path / "export" / "model.safetensors").read_bytes()
+        for recipe in (whole, killed)
     ]
     assert weights[0] == weights[1]
     histories = [
@@ -172,7 +174,7 @@ def test_the_average_of_the_weights_is_what_is_evaluated_and_exported(prepared, 
     """After every update n the average moves by 1 - min(decay, 1 - n^(-2/3)) of its distance to the
     weights (timm's warm-up).
     """
-    from pipeline.training.loop import Run
+    from pipeline.training.learner import Learner
 
     changes = dict(
         model__name="resnet20",
@@ -184,15 +186,16 @@ def test_the_average_of_the_weights_is_what_is_evaluated_and_exported(prepared, 
         prepared, name="average", runs=str(tmp_path), training__epochs=1, **changes
     )
     seen = []
-    original = Run._update
+    original = Learner.update
 
-    def update(run, batches):
-        loss = original(run, batches)
-        seen.append({key: value.clone() for key, value in run.engine.module.state_dict().items()})
+    def update(learner, *arguments):
+        loss = original(learner, *arguments)
+        state = learner.engine.module.state_dict()
+        seen.append({key: value.clone() for key, value in state.items()})
         return loss
 
     with process_group() as world, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_update", update)
+        patch.setattr(Learner, "update", update)
         train(recipe, world)
     expected = seen[0]
     for number, weights in enumerate(seen[1:], start=2):
@@ -201,13 +204,13 @@ def test_the_average_of_the_weights_is_what_is_evaluated_and_exported(prepared, 
             key: torch.lerp(expected[key].double(), value.double(), share)
             for key, value in weights.items()
         }
-    exported = load_export(recipe.folder / "export").state_dict()
+    exported = load_export(recipe.folder.path / "export").state_dict()
     for key, value in exported.items():
         if value.is_floating_point():
             torch.testing.assert_close(value, expected[key].float(), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(exported["stem.conv1.weight"], seen[-1]["stem.conv1.weight"])
     # what `coda export` writes
-    state, _ = newest_model(recipe.folder / "checkpoints")
+    state, _ = newest_model(recipe.folder.path / "checkpoints")
     assert all(torch.equal(state[key], value) for key, value in exported.items())
 
 
@@ -215,11 +218,13 @@ def test_every_evaluation_leaves_a_sheet_of_the_same_images(prepared, tmp_path):
     recipe = small_recipe(prepared, name="sheets", runs=str(tmp_path), training__epochs=3)
     with process_group() as world:
         train(recipe, world)
-    lines = map(json.loads, (recipe.folder / "journal.jsonl").read_text().splitlines())
+    lines = map(json.loads, (recipe.folder.path / "journal.jsonl").read_text().splitlines())
     hours = [value for name, _, value in history(recipe) if name == "speed/device_hours"]
     assert hours == sorted(hours) and 0 < hours[0] < hours[-1] < 1
     sheets = [
-        (line["step"], recipe.folder / line["value"]) for line in lines if line["kind"] == "image"
+        (line["step"], recipe.folder.path / line["value"])
+        for line in lines
+        if line["kind"] == "image"
     ]
     assert [step for step, _ in sheets] == [0, 1, 2, 3] and all(
         sheet.is_file() for _, sheet in sheets
@@ -232,7 +237,7 @@ def test_mlflow_has_a_registered_model_that_predicts_and_explains(prepared, tmp_
         train(recipe, world)
     client = mlflow.MlflowClient(recipe.tracking_uri)
     (version,) = client.search_model_versions("name = 'coda_s'")
-    assert version.run_id == (recipe.folder / "run_id").read_text()
+    assert version.run_id == (recipe.folder.path / "run_id").read_text()
     top1 = next(value for name, _, value in history(recipe) if name == "val/top1")
     tags = client.get_run(version.run_id).data.tags
     assert (
@@ -247,7 +252,7 @@ def test_mlflow_has_a_registered_model_that_predicts_and_explains(prepared, tmp_
         mlflow.set_tracking_uri(None)
     images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     found = served.predict(images.numpy(), params={"explain": True})
-    model = load_export(recipe.folder / "export")
+    model = load_export(recipe.folder.path / "export")
     with torch.no_grad():
         logits = model(images)
     classes = logits.argmax(1)
@@ -266,7 +271,7 @@ def test_a_run_folder_belongs_to_one_recipe(prepared, tmp_path):
     recipe = small_recipe(prepared, runs=str(tmp_path), training__epochs=1)
     with process_group() as world:
         train(recipe, world)
-        before = {path: path.stat().st_mtime_ns for path in recipe.folder.rglob("*")}
+        before = {path: path.stat().st_mtime_ns for path in recipe.folder.path.rglob("*")}
         with pytest.raises(UserError, match=r"training.learning_rate = 0.003, the recipe says 0.1"):
             train(
                 small_recipe(
@@ -274,7 +279,7 @@ def test_a_run_folder_belongs_to_one_recipe(prepared, tmp_path):
                 ),
                 world,
             )
-    assert {path: path.stat().st_mtime_ns for path in recipe.folder.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in recipe.folder.path.rglob("*")} == before
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_update(prepared, tmp_path):
@@ -292,3 +297,18 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_update(prepared, tmp_pa
     ):
         train(recipe, world)
     assert os.listdir(recipe.folder)
+
+
+def test_prepared_data_is_opened_once_in_a_start(prepared, tmp_path, monkeypatch):
+    recipe = small_recipe(prepared, name="once", runs=str(tmp_path), training__epochs=1)
+    opened, read_bytes = [], Path.read_bytes
+
+    def counted(path):
+        if path == recipe.data.folder / "manifest.json":
+            opened.append(path)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    with process_group() as world:
+        train(recipe, world)
+    assert len(opened) == 1 and recipe.folder.evaluation.is_file()

@@ -98,7 +98,7 @@ def test_classes_are_the_label_and_others_that_change_with_the_update():
 
 def mean_weight(recipe):
     """mean |W| of the exported network, over all classes of random images."""
-    model = load_export(recipe.folder / "export")
+    model = load_export(recipe.folder.path / "export")
     x = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     classes = torch.arange(10).expand(16, -1)
     encoded = model.encode(x)[:, None]
@@ -111,7 +111,7 @@ def mean_weight(recipe):
 
 def test_training_with_the_penalty_makes_the_weights_smaller(prepared, tmp_path):
     # imports DeepSpeed
-    from pipeline.training.loop import train
+    from pipeline.training.run import train
 
     changes = [
         dict(runs=str(tmp_path / str(strength)), training__weight_penalty=strength)

@@ -18,9 +18,11 @@ from test_loop import command, history
 
 from pipeline.distributed import World, barrier, gather_across_ranks, process_group
 from pipeline.errors import UserError
+from pipeline.run_folder import RunFolder
 from pipeline.training import checkpoint, loop
 from pipeline.training.checkpoint import newest_model
 from pipeline.training.failures import Watchdog, first_error
+from pipeline.training.run import train
 from pipeline.training.stop import REQUEUE, Stop
 
 
@@ -88,13 +90,13 @@ def test_a_signal_during_a_save_or_an_evaluation(
     with process_group() as world:
         with monkeypatch.context() as patched, pytest.raises(SystemExit) as left:
             patched.setattr(owner, name, interrupted)
-            loop.train(recipe, world)
+            train(recipe, world)
         assert left.value.code == REQUEUE
-        found = [path.name for path in (recipe.folder / "checkpoints").iterdir()]
+        found = [path.name for path in (recipe.folder.path / "checkpoints").iterdir()]
         assert f"update-{saved}" in found and not [name for name in found if name.startswith(".")]
-        assert newest_model(recipe.folder / "checkpoints")
+        assert newest_model(recipe.folder.path / "checkpoints")
         assert not any(key == "val/top1" for key, _, _ in history(recipe))
-        loop.train(recipe, world)
+        train(recipe, world)
     assert [step for key, step, _ in history(recipe) if key == "val/top1"] == [1, 2]
     assert [step for key, step, _ in history(recipe) if key == "train/loss"] == [
         128 * update for update in range(1, 23)
@@ -112,8 +114,8 @@ def test_one_process_of_two_is_asked_and_both_stop_at_one_update(prepared, tmp_p
     launcher = command(recipe, tmp_path, processes=2)
     wait_for(
         lambda: (
-            (recipe.folder / "journal.jsonl").exists()
-            and "train/loss" in (recipe.folder / "journal.jsonl").read_text()
+            (recipe.folder.path / "journal.jsonl").exists()
+            and "train/loss" in (recipe.folder.path / "journal.jsonl").read_text()
         )
     )
     second = [
@@ -129,9 +131,9 @@ def test_one_process_of_two_is_asked_and_both_stop_at_one_update(prepared, tmp_p
         max(step for name, step, _ in history(recipe) if name == "train/loss")
         // recipe.training.global_batch_size
     )
-    assert (recipe.folder / "checkpoints" / f"update-{last}").is_dir()
+    assert (recipe.folder.path / "checkpoints" / f"update-{last}").is_dir()
     assert f"asked to stop: saved at update {last} of 3300" in log
-    assert not (recipe.folder / "first_error.txt").exists()
+    assert not (recipe.folder.path / "first_error.txt").exists()
 
 
 def children(process):
@@ -149,7 +151,7 @@ def test_the_first_error_of_any_process_stands_in_one_file(tmp_path):
         World(rank=0, size=2, incarnation="slurm-3.0"),
     )
     for world, message in ((first, "the cause"), (second, "connection lost")):
-        with pytest.raises(RuntimeError), first_error(tmp_path, world, Stop(world)):
+        with pytest.raises(RuntimeError), first_error(RunFolder(tmp_path), world, Stop(world)):
             raise RuntimeError(message)
     text = (tmp_path / "first_error.txt").read_text()
     assert (
@@ -158,22 +160,22 @@ def test_the_first_error_of_any_process_stands_in_one_file(tmp_path):
         and "connection lost" not in text
     )
     again = World(rank=0, size=2, incarnation="slurm-3.1")
-    with pytest.raises(RuntimeError), first_error(tmp_path, again, Stop(again)):
+    with pytest.raises(RuntimeError), first_error(RunFolder(tmp_path), again, Stop(again)):
         raise RuntimeError("another")
     # of the newest start
     assert "RuntimeError: another" in (tmp_path / "first_error.txt").read_text()
-    with first_error(tmp_path, again, Stop(again)):
+    with first_error(RunFolder(tmp_path), again, Stop(again)):
         pass
     assert not list(tmp_path.iterdir())
 
 
 def test_a_mistake_found_before_there_is_a_run_leaves_none(tmp_path):
     folder = tmp_path / "run"
-    with pytest.raises(UserError), first_error(folder, World(), Stop(World())):
+    with pytest.raises(UserError), first_error(RunFolder(folder), World(), Stop(World())):
         raise UserError("no such model")
     assert not folder.exists()
     # what the user cannot foresee is kept
-    with pytest.raises(RuntimeError), first_error(folder, World(), Stop(World())):
+    with pytest.raises(RuntimeError), first_error(RunFolder(folder), World(), Stop(World())):
         raise RuntimeError("out of memory")
     assert "out of memory" in (folder / "first_error.txt").read_text()
 
@@ -187,7 +189,7 @@ def _leave_or_lose(rank, size, port, folder, results):
         if rank:
             os._exit(0)
         try:
-            with first_error(folder, world, stop):
+            with first_error(RunFolder(folder), world, stop):
                 gather_across_ranks(rank)
         except SystemExit as left:
             results.put(left.code)
@@ -205,7 +207,11 @@ def test_a_connection_lost_while_stopping_is_no_error(tmp_path):
     ids=repr,
 )
 def test_any_other_error_while_stopping_is_kept(tmp_path, error):
-    with Stop(World()) as stop, pytest.raises(type(error)), first_error(tmp_path, World(), stop):
+    with (
+        Stop(World()) as stop,
+        pytest.raises(type(error)),
+        first_error(RunFolder(tmp_path), World(), stop),
+    ):
         ask()
         raise error
     assert type(error).__name__ in (tmp_path / "first_error.txt").read_text()
@@ -215,11 +221,12 @@ HANGS = """
 import sys, time
 from pathlib import Path
 from pipeline.distributed import World
+from pipeline.run_folder import RunFolder
 from pipeline.training.failures import Watchdog
 def stuck_here():
     print("stuck", flush=True)
     time.sleep(3)
-with Watchdog(Path(sys.argv[1]), World(timeout_seconds=2)):
+with Watchdog(RunFolder(Path(sys.argv[1])), World(timeout_seconds=2)):
     stuck_here()
 """
 
@@ -236,7 +243,7 @@ def test_a_process_that_hangs_says_where_by_itself_and_when_asked(tmp_path):
 
 
 def test_a_process_that_moves_leaves_no_stacks(tmp_path):
-    with Watchdog(tmp_path, World(timeout_seconds=1)) as watchdog:
+    with Watchdog(RunFolder(tmp_path), World(timeout_seconds=1)) as watchdog:
         for _ in range(6):
             watchdog.beat()
             time.sleep(0.2)

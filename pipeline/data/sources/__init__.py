@@ -1,80 +1,76 @@
-"""Data sources: a name in a recipe -> the images and labels of its train and val split, before
-anything is written.
+"""Data sources: a name in a recipe -> images and labels of its splits, before anything is written.
 
-A new data set is one entry in ``SOURCES``: a function from the recipe's data section to ``{"train":
-Split, "val": Split}``.
+A data set is added by one entry in ``SOURCES``.
 """
 
 import difflib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-import numpy as np
-
+from pipeline.data.sources.digits import digits
 from pipeline.data.sources.folders import imagefolder, imagenet, imagenet100, tinyimagenet
-from pipeline.data.sources.split import ArraySplit, Split
+from pipeline.data.sources.split import Split
 from pipeline.data.sources.table import csv_of_paths
 from pipeline.data.sources.torchvision_sets import PREFIX, any_of_torchvision, cifar10, cifar100
 from pipeline.data.sources.webdataset import webdataset
 from pipeline.errors import UserError
 from pipeline.recipe.schema import DataRecipe
 
-# of 1,797
-DIGITS_VAL = 360
+
+@dataclass(frozen=True)
+class Source:
+    """A data set, or a layout in which any data set may be."""
+
+    open: Callable[[DataRecipe], Mapping[str, Split]]
+    """The recipe's data section -> {"train": Split, "val": Split}."""
+    images: int | None = None
+    """Training images, where their number is known without looking."""
+    classes: int | None = None
+    """The same of classes."""
+    fixed_size: bool = False
+    """Whether images are stored as squares of data.image_size, and not cropped when loaded."""
+
+
+SOURCES: dict[str, Source] = {
+    "digits": Source(digits, 1_437, 10, fixed_size=True),
+    "cifar10": Source(cifar10, 50_000, 10, fixed_size=True),
+    "cifar100": Source(cifar100, 50_000, 100, fixed_size=True),
+    "imagefolder": Source(imagefolder),
+    "imagenet": Source(imagenet, 1_281_167, 1_000),
+    # At most: 1,300 of a class.
+    "imagenet100": Source(imagenet100, 130_000, 100),
+    "tinyimagenet": Source(tinyimagenet, 100_000, 200, fixed_size=True),
+    "csv": Source(csv_of_paths),
+    "webdataset": Source(webdataset),
+}
+
+
+def find_source(name: str) -> Source:
+    """Find a source by its name in a recipe.
+
+    Raises:
+        UserError: there is no such source.
+    """
+    if name in SOURCES:
+        return SOURCES[name]
+    if name.startswith(PREFIX):
+        return Source(any_of_torchvision)
+    close = difflib.get_close_matches(name, SOURCES, n=1)
+    valid = f"valid: {', '.join(SOURCES)}, {PREFIX}<name>"
+    hint = f"did you mean {close[0]}?" if close else valid
+    raise UserError(f"data.source is {name!r}: there is no such source; {hint}")
 
 
 def open_source(data: DataRecipe) -> Mapping[str, Split]:
-    """The splits "train" and "val" of the recipe's source.
+    """Open the splits "train" and "val" of the recipe's source.
 
     Raises:
         UserError: unknown source, nothing valid at its path, or settings that do not fit it.
     """
-    if data.source.startswith(PREFIX):
-        splits = any_of_torchvision(data)
-    elif data.source in SOURCES:
-        splits = SOURCES[data.source](data)
-    else:
-        close = difflib.get_close_matches(data.source, SOURCES, n=1)
-        hint = (
-            f"did you mean {close[0]}?" if close else f"valid: {', '.join(SOURCES)}, {PREFIX}<name>"
-        )
-        raise UserError(f"data.source is {data.source!r}: there is no such source; {hint}")
+    splits = find_source(data.source).open(data)
     if data.max_resolution is not None and splits["train"].fixed_size:
         raise UserError(
-            f"data.max_resolution is {data.max_resolution}, but {data.source} is stored at data.image_size; remove it"
+            f"data.max_resolution is {data.max_resolution}, but {data.source} is stored at "
+            "data.image_size; remove it"
         )
     return splits
-
-
-def digits(data: DataRecipe) -> Mapping[str, Split]:
-    """scikit-learn's 1,797 digits, 8 x 8 pixels of 17 levels: a fixed stratified split into 1,437
-    and 360, whatever the recipe's seed.
-    """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    bunch = load_digits()
-    grey = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-    rgb = np.repeat(grey[..., None], 3, axis=3)  # (N, 8, 8) -> (N, 8, 8, 3)
-    parts = train_test_split(
-        np.arange(len(rgb)), test_size=DIGITS_VAL, random_state=0, stratify=bunch.target
-    )
-    classes = tuple(str(name) for name in bunch.target_names)
-    return {
-        split: ArraySplit(
-            classes, bunch.target[part].astype(np.int64), True, rgb[part], f"digits {split}"
-        )
-        for split, part in zip(("train", "val"), parts, strict=True)
-    }
-
-
-SOURCES: dict[str, Callable[[DataRecipe], Mapping[str, Split]]] = {
-    "digits": digits,
-    "cifar10": cifar10,
-    "cifar100": cifar100,
-    "imagefolder": imagefolder,
-    "imagenet": imagenet,
-    "imagenet100": imagenet100,
-    "tinyimagenet": tinyimagenet,
-    "webdataset": webdataset,
-    "csv": csv_of_paths,
-}

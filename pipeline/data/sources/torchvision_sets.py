@@ -6,13 +6,10 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torchvision
 from PIL import Image
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import check_integrity, extract_archive
 from tqdm import tqdm
 
 from pipeline.data.images import BrokenImage, to_rgb
@@ -20,6 +17,9 @@ from pipeline.data.sources.folders import class_folders
 from pipeline.data.sources.split import ArraySplit, Split
 from pipeline.errors import UserError
 from pipeline.recipe.schema import DataRecipe
+
+if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR10
 
 PREFIX = "torchvision."
 # torchvision's, the first it accepts
@@ -56,11 +56,15 @@ def cifar10(data: DataRecipe) -> Mapping[str, Split]:
     """CIFAR-10: a folder or tar with train/<class>/ and test/<class>/, torchvision's download
     folder, or (path null) a download.
     """
+    from torchvision.datasets import CIFAR10
+
     return _cifar(data, CIFAR10)
 
 
 def cifar100(data: DataRecipe) -> Mapping[str, Split]:
     """CIFAR-100, from the same as CIFAR-10."""
+    from torchvision.datasets import CIFAR100
+
     return _cifar(data, CIFAR100)
 
 
@@ -75,6 +79,8 @@ def any_of_torchvision(data: DataRecipe) -> Mapping[str, Split]:
         UserError: there is no such data set, it is not there, it has no such division, or no class
             numbers as labels.
     """
+    import torchvision
+
     name = data.source.removeprefix(PREFIX)
     kind = getattr(torchvision.datasets, name, None)
     if not inspect.isclass(kind) or not issubclass(kind, torchvision.datasets.VisionDataset):
@@ -94,7 +100,9 @@ def any_of_torchvision(data: DataRecipe) -> Mapping[str, Split]:
     }
 
 
-def _cifar(data: DataRecipe, kind: type[CIFAR10]) -> Mapping[str, Split]:
+def _cifar(data: DataRecipe, kind: "type[CIFAR10]") -> Mapping[str, Split]:
+    from torchvision.datasets.utils import check_integrity, extract_archive
+
     root = Path(data.prepared) / "downloads"
     if data.path is not None:
         path = Path(data.path)

@@ -12,7 +12,6 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from braceexpand import braceexpand
 from tqdm import tqdm
 
 from pipeline.data.images import is_image, read_file
@@ -80,6 +79,8 @@ def webdataset(data: DataRecipe) -> Mapping[str, Split]:
 
 
 def _shards(data: DataRecipe) -> list[tuple[Path, str]]:
+    from braceexpand import braceexpand
+
     if data.path is None:
         raise UserError(
             "data.path is not set; webdataset needs a folder of tar shards, or a pattern such as shards/{train,val}-*.tar"

@@ -11,7 +11,8 @@ from matplotlib.image import imread
 from sklearn.datasets import load_digits
 
 from pipeline.errors import UserError
-from pipeline.reports.plots import BACKGROUND, colour_rendering, contribution_sheet, depth_curves
+from pipeline.evaluation.plots import depth_curves
+from pipeline.reports.sheets import BACKGROUND, colour_rendering, contribution_sheet
 
 CURVES = {
     "resnet20": [(1.0, 0.1), (0.05, 0.9)],
@@ -146,5 +147,5 @@ def test_mismatched_columns(tmp_path):
 
 
 def test_no_global_plotting_state():
-    source = Path(sys.modules["pipeline.reports.plots"].__file__).read_text()
+    source = Path(sys.modules["pipeline.reports.sheets"].__file__).read_text()
     assert "pyplot" not in source

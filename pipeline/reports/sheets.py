@@ -1,12 +1,10 @@
-"""Pictures of explanations, as PNG files: contribution maps beside their images, and localisation
-against distance.
+"""Sheets of contribution maps beside their images, as PNG files.
 
 The colour rendering of contributions at the input encoding follows the figures of Böhle, Fritz,
 Schiele, arXiv 2109.13004.
 """
 
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +14,60 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
-from pipeline.errors import UserError
-from pipeline.files import write_atomically
+from pipeline.evaluation.plots import write_picture
+from pipeline.interpret.contributions import Layer, exact_layers, layer_contributions
 
 # contributions beyond it are shown at full strength, so that a few strong pixels do not hide the
 # rest
 PERCENTILE = 99.5
 # blue against, red for the class; told apart by colour-blind readers
 SIGNED_COLOURS = "RdBu_r"
-# Okabe and Ito
-CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vP*X"
 # grey on which both white and black contributions show
 BACKGROUND = 0.5
+
+
+def write_contributions(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    images: Tensor,
+    targets: Tensor,
+    row_titles: Sequence[str],
+    path: Path,
+    *,
+    overlays: bool = False,
+) -> str | None:
+    """Explain images and write the sheet: contributions at the input and at the junction.
+
+    Args:
+        model: what is explained.
+        layers: its ``explainable_layers``.
+        images: (B, 3, H, W), RGB in [0, 1].
+        targets: (B,) int64, the class explained in each image.
+        row_titles: one for each image.
+        path: PNG file.
+        overlays: whether to show the maps over the images, too.
+
+    Returns:
+        name of the junction; None where it is the input.
+    """
+    junction = exact_layers(model, layers)[-1].name
+    found = layer_contributions(model, images, targets[:, None], [None, junction])
+    images = images.cpu()
+    encoded = found[None][:, 0].cpu()  # (B, 3 or 6, H, W)
+    columns = {"colours of the input": encoded} if encoded.shape[1] == 6 else {}
+    places = {"at the input": encoded.sum(1)}
+    if junction is not None:
+        places[f"at {junction}"] = found[junction][:, 0].sum(1).cpu()
+    for title, maps in places.items():
+        columns[title] = maps
+        if overlays:
+            over = title.removeprefix("at the input").removeprefix("at ")
+            pairs = zip(images, maps, strict=True)
+            columns[f"{over} over the image".strip()] = torch.stack([overlay(*p) for p in pairs])
+    contribution_sheet(images, list(columns.values()), list(columns), path, row_titles=row_titles)
+    return junction
 
 
 def contribution_sheet(
@@ -97,7 +134,7 @@ def contribution_sheet(
             f"contribution, each map on its own scale (full colour: percentile {PERCENTILE} of its size)",
             fontsize=8,
         )
-    _write(figure, path)
+    write_picture(figure, path)
 
 
 def colour_rendering(contributions: Tensor) -> Tensor:
@@ -133,51 +170,6 @@ def overlay(image: Tensor, contributions: Tensor) -> Tensor:
     return scaled.abs() * colour + (1 - scaled.abs()) * faded
 
 
-def depth_curves(
-    curves: Mapping[str, Iterable[tuple[float, float]]],
-    chance: float,
-    path: str | Path,
-    *,
-    threshold: float = 0.5,
-) -> None:
-    """Write the mean localisation of each layer's contributions against the layer's distance from
-    the output; PNG and PDF.
-
-    Args:
-        curves: by name, (distance, score) points in any order.
-        chance: score of an uninformative map, 1 / n².
-        path: PNG file, replaced at once when it is complete.
-        threshold: drawn as a line; the interpretable depth is where a curve last reaches it.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
-    draw_depth_curves(figure.subplots(), curves, chance, threshold)
-    figure.axes[0].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-    write_figure(figure, path)
-
-
-def draw_depth_curves(
-    axis: Axes,
-    curves: Mapping[str, Iterable[tuple[float, float]]],
-    chance: float,
-    threshold: float = 0.5,
-) -> None:
-    """What ``depth_curves`` shows, without its legend, on an axis of a larger figure."""
-    for index, (name, points) in enumerate(curves.items()):
-        distances, scores = zip(*sorted(points), strict=True)
-        colour, marker = CURVE_COLOURS[index % len(CURVE_COLOURS)], MARKERS[index % len(MARKERS)]
-        axis.plot(distances, scores, color=colour, marker=marker, markersize=6, label=name)
-    axis.axhline(
-        threshold, color="0.35", linestyle="--", linewidth=1, label=f"threshold {threshold:g}"
-    )
-    axis.axhline(chance, color="0.35", linestyle=":", linewidth=1.5, label=f"chance {chance:.3g}")
-    axis.set(xlim=(-0.02, 1.02), ylim=(0, 1.02), ylabel="mean localisation")
-    axis.set_xlabel("distance from the output (share of parametric layers; 1 is the input)")
-    axis.grid(color="0.9")
-
-
 def _show_signed(axis: Axes, contributions: Tensor) -> ScalarMappable:
     """Draws one signed map (h, w), scaled to [-1, 1]."""
     scaled = (contributions / _scale(contributions)).clamp(-1, 1)
@@ -198,20 +190,3 @@ def _channels_last(image: Tensor) -> np.ndarray:
 
 def _array(values: Tensor) -> np.ndarray:
     return values.detach().float().cpu().numpy()
-
-
-def write_figure(figure: Figure, path: str | Path) -> None:
-    """Write ``figure`` to the PNG file ``path`` and, for print, beside it as PDF."""
-    _write(figure, path)
-    _write(figure, Path(path).with_suffix(".pdf"))
-
-
-def _write(figure: Figure, path: str | Path) -> None:
-    picture, form = io.BytesIO(), "pdf" if Path(path).suffix == ".pdf" else "png"
-    # left out: the same numbers give the same file
-    stamps = {"pdf": {"CreationDate": None}, "png": {"Software": None}}
-    figure.savefig(picture, format=form, dpi=150, metadata=stamps[form])
-    try:
-        write_atomically(Path(path), picture.getvalue())
-    except OSError as error:
-        raise UserError(f"cannot write the picture {path}: {error.strerror}") from error

@@ -1,0 +1,112 @@
+"""The command line: ``coda`` or ``python -m pipeline``."""
+
+import argparse
+import atexit
+import gc
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Literal
+
+import pipeline
+from pipeline.caches import use_local_caches
+from pipeline.cli.parser import make_parser
+from pipeline.errors import UserError, report, tracebacks_wanted
+from pipeline.files import AWAY, FAILING, FULL, PATH
+from pipeline.log import log_to_stderr
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 or, after Ctrl-C, 130.
+
+    A user's mistake, a package that cannot be imported and a disk that is full or failing are one
+    line on stderr and 2; with CODA_TRACEBACK=1 the traceback is above that line. Any other error is
+    raised.
+    """
+    # Before it ends, the interpreter would search all that it has loaded for garbage: 3 s of a
+    # processor, while Slurm waits.
+    atexit.register(gc.freeze)
+    with log_to_stderr():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    parser = make_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if [
+        word
+        for word in rest
+        if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")
+    ]:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    # argparse takes no positional arguments behind an option
+    if rest:
+        options.overrides += rest
+    try:
+        if options.models:
+            # before the libraries that ask for them are imported
+            use_local_caches()
+            _register_models()
+        return options.run(options) or 0
+    except UserError as error:
+        return _failed("mistake", str(error))
+    except ImportError as error:
+        # trying again would not heal it
+        return _failed("mistake", _import_failure(error, options))
+    except OSError as error:
+        if (kind := _kind(error)) is None:
+            raise
+        remedy = "; make room there and start the same command again" if error.errno in FULL else ""
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _failed(kind, " ".join(text.split()) + remedy)
+    except KeyboardInterrupt:
+        print(
+            "coda: interrupted; the same command continues where this one was stopped",
+            file=sys.stderr,
+        )
+        return EXIT_INTERRUPTED
+
+
+def _failed(event: str, text: str) -> int:
+    report(event)
+    if tracebacks_wanted():
+        traceback.print_exc()
+    print(f"coda: {text}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def _kind(error: OSError) -> Literal["disk", "mistake"] | None:
+    """What ``error`` is about, if that is understood. Libraries for the network raise OSErrors,
+    too.
+    """
+    if error.errno in FULL | FAILING or (error.errno in AWAY and error.filename):
+        return "disk"
+    of_path = error.errno in PATH and error.filename
+    # ctypes says in words, without a number, which library it cannot load.
+    of_library = type(error) is OSError and error.errno is None and re.search(r"\.so\b", str(error))
+    return "mistake" if of_path or of_library else None
+
+
+def _register_models() -> None:
+    try:
+        pipeline.register_models()
+    except (OSError, RuntimeError) as error:
+        # torchvision of another torch, a library of CUDA that is missing
+        # of the disk that they are on
+        if getattr(error, "errno", None):
+            raise
+        raise ImportError(f"torch, torchvision or timm: {error}") from error
+
+
+def _import_failure(error: ImportError, options: argparse.Namespace) -> str:
+    """What is missing or broken, in one line, with the remedy."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = f"coda-pipeline[{options.extra}]" if options.extra else "coda-pipeline"
+        return f"`coda {options.command}` needs {error.name}, which is not installed: pip install '{package}', or make setup in a checkout"
+    reason = " ".join(str(error).split())
+    name = f"{error.name}: " if error.name and error.name not in reason else ""
+    return f"`coda {options.command}` cannot import {name}{reason}; `coda doctor` says what this machine lacks"
