@@ -1,5 +1,6 @@
-"""Wheel and sdist, built and installed for real: what they hold, and what works with the base
-packages, or with none, or with an extra.
+"""The wheel and the sdist, built and installed for real.
+
+The tests check what they hold, and what works with the base packages, with none, or with an extra.
 """
 
 import importlib.metadata
@@ -23,7 +24,7 @@ from pipeline.export import export
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
-# Of the extras, or slow: not to be imported by `import pipeline`.
+# Packages that `import pipeline` must not import: they belong to an extra, or are slow.
 HEAVY = {
     "ffcv",
     "deepspeed",
@@ -46,7 +47,7 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """(wheel, sdist)"""
+    """Build the wheel and the sdist; return their paths in this order."""
     folder = tmp_path_factory.mktemp("dist")
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-d", folder],
@@ -85,13 +86,21 @@ def run(installed, *words, code=0, **variables):
     ended = subprocess.run(
         command, capture_output=True, text=True, env=ENVIRONMENT | variables, cwd=installed
     )
-    assert ended.returncode == code and "Traceback" not in ended.stderr, ended.stderr
+    assert ended.returncode == code, ended.stderr
+    assert "Traceback" not in ended.stderr, ended.stderr
     return ended.stdout, ended.stderr
 
 
 def packages(installed, folder, *extras):
-    """A folder for PYTHONPATH with links to those packages of this machine that the wheel asks for,
-    with ``extras``.
+    """Fill ``folder`` with links to the installed packages that the wheel needs.
+
+    Args:
+        installed: the environment with the wheel.
+        folder: an empty folder.
+        extras: names of the wheel's extras whose packages are needed, too.
+
+    Returns:
+        The folder, for PYTHONPATH.
     """
     (metadata,) = installed.glob("lib/python*/site-packages/coda_pipeline-*.dist-info")
     for name in closure(importlib.metadata.Distribution.at(metadata).requires, extras):
@@ -106,9 +115,7 @@ def packages(installed, folder, *extras):
 
 
 def closure(requirements, extras, known=None):
-    """Names of the distributions that are needed, with all that they need, by a distribution's
-    ``requirements``.
-    """
+    """Names of all distributions that ``requirements`` need, directly or through others."""
     known = {} if known is None else known
     for text in requirements or ():
         wanted = Requirement(text)
@@ -142,11 +149,23 @@ def test_the_wheel_holds_recipes_and_job_scripts_and_no_tests(built):
     }
 
 
+def test_the_wheel_is_typed_and_licensed(built):
+    information = f"coda_pipeline-{__version__}.dist-info"
+    with zipfile.ZipFile(built[0]) as wheel:
+        names = wheel.namelist()
+        metadata = wheel.read(f"{information}/METADATA").decode()
+        license_text = wheel.read(f"{information}/licenses/LICENSE").decode()
+    assert "pipeline/py.typed" in names
+    assert "License-Expression: Apache-2.0" in metadata.splitlines()
+    assert license_text == (ROOT / "LICENSE").read_text()
+
+
 def test_the_sdist_holds_what_a_checkout_does(built):
     with tarfile.open(built[1]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     for name in (
         "README.md",
+        "LICENSE",
         "Makefile",
         "constraints.txt",
         "docs/models.md",
@@ -162,8 +181,10 @@ def test_recipes_are_listed_without_any_package(installed):
     text, _ = run(installed, "coda", "recipes")
     assert [line.split()[0] + ".yaml" for line in text.partition("\n\n")[0].splitlines()] == RECIPES
     recipes, scripts = (Path(folder) for folder in re.findall(r"(/\S+/(?:recipes|slurm))\b", text))
-    assert recipes.is_relative_to(installed.resolve()) and scripts.parent == recipes.parent
-    assert (recipes / "digits_resnet20.yaml").is_file() and (scripts / "common.sh").is_file()
+    assert recipes.is_relative_to(installed.resolve())
+    assert scripts.parent == recipes.parent
+    assert (recipes / "digits_resnet20.yaml").is_file()
+    assert (scripts / "common.sh").is_file()
     assert run(installed, "python", "-m", "pipeline", "recipes")[0] == text
     assert "prepare" in run(installed, "coda", "--help")[0]
 
@@ -179,10 +200,14 @@ def test_without_torch_a_command_says_so_and_tells_the_job(installed, tmp_path):
 
 def test_the_doctor_comes_without_any_package(installed):
     text, _ = run(installed, "coda", "doctor", code=2)
-    assert "python: " in text and "torch: " in text
+    assert "python: " in text
+    assert "torch: " in text
 
 
-LACKS = r"coda: `coda {}` needs [\w.]+, which is not installed: pip install 'coda-pipeline{}', or make setup in a checkout"
+LACKS = (
+    r"coda: `coda {}` needs [\w.]+, which is not installed: "
+    r"pip install 'coda-pipeline{}', or make setup in a checkout"
+)
 MODELS_ONLY = f"""
 import sys, timm, torch, pipeline
 loaded = {{name.partition('.')[0] for name in sys.modules}} & {HEAVY!r}
@@ -204,7 +229,7 @@ def test_models_plan_and_contributions_need_the_base_packages_only(
     installed, tmp_path_factory, tmp_path
 ):
     works = ["plan digits_resnet20", "models coda_xs"]
-    # command -> the extra that it needs
+    # Command -> the extra that it needs.
     lacks = {
         "train digits_resnet20": "train",
         "prepare digits_resnet20": "train",
@@ -226,11 +251,12 @@ def test_models_plan_and_contributions_need_the_base_packages_only(
         PYTHONPATH=path,
     )
     assert re.findall(r"code (\d)", text) == ["0"] * len(works) + ["2"] * (len(lacks) + 1)
-    assert "digits_resnet20 on 1 x 8 H100" in text and "| `coda_xs` |" in text
+    assert "digits_resnet20 on 1 x 8 H100" in text
+    assert "| `coda_xs` |" in text
     *missing, no_run = [line for line in errors.splitlines() if line.startswith("coda: ")]
     for line, (command, extra) in zip(missing, lacks.items(), strict=True):
         assert re.fullmatch(LACKS.format(command.split()[0], rf"\[{extra}\]"), line), line
-    # `coda export` came as far as its run
+    # `coda export` has all that it needs, and fails only because the folder is not a run.
     assert "holds no recipe.yaml" in no_run
 
 
@@ -252,5 +278,6 @@ def test_images_are_explained_with_the_extra_of_that_name_only(
         PYTHONPATH=path,
         HOME="/proc/none",
     )
-    # its caches are not in the home
-    assert "red.png" in Path(page.strip()).read_text() and "atplotlib" not in errors
+    # No cache is kept in the home, which cannot be written here.
+    assert "red.png" in Path(page.strip()).read_text()
+    assert "atplotlib" not in errors
