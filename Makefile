@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 SETUP := sh install/setup.sh $(VENV)
 export PYTHON WHEELHOUSE TORCH_INDEX
 
-.PHONY: help demo test fresh faults fuzz setup ready wheelhouse clean
+.PHONY: help demo test docs fresh faults fuzz setup ready wheelhouse clean
 
 help:
 	@echo "make demo        train a hybrid CoDA ResNet and the ResNet it came from, and compare them"
 	@echo "make test        lint, type-check and run the test-suite"
+	@echo "make docs        the documentation as a site: site/index.html"
 	@echo "make setup       the environment $(VENV), 6.9 GB (both commands do this by themselves)"
 	@echo "                 PYTHON=...       another interpreter"
 	@echo "                 WHEELHOUSE=...   install from that folder, without network"
@@ -29,6 +30,13 @@ test: ready
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+
+# The site's packages are not part of set-up: they are installed the first time.
+docs: ready
+	@$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null || \
+		$(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --config-file docs/website/mkdocs.yml
+	@echo "site/index.html"
 
 fresh:
 	@bash tests/fresh/run.sh
@@ -50,4 +58,4 @@ wheelhouse:
 	@sh install/wheelhouse.sh $(VENV) $(or $(WHEELHOUSE),wheelhouse)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
