@@ -31,7 +31,7 @@ test: ready
 	@$(BIN)/mypy
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-# The site's packages are not part of set-up: they are installed the first time.
+# The packages of the site (extra docs) are installed the first time.
 docs: ready
 	@$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null || \
 		$(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[docs]'

@@ -118,6 +118,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
         [*command, DOCS / "website" / "mkdocs.yml", "--site-dir", tmp_path],
         capture_output=True,
         text=True,
+        cwd=ROOT,
     )
     assert built.returncode == 0, built.stderr
     pages = sorted(tmp_path.glob("*.html"))
