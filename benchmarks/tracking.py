@@ -31,7 +31,7 @@ import pipeline  # noqa: F401  registers the models
 from pipeline.distributed import World
 from pipeline.recipe.load import from_dict
 from pipeline.recipe.schema import TrackingRecipe
-from pipeline.tracking import Tracker, open_tracker
+from pipeline.tracking import NullTracker, Tracker, open_tracker
 from tests.tracking.faulty_proxy import FaultyProxy
 
 ROOT = Path(__file__).parents[1]
@@ -147,11 +147,11 @@ def main() -> None:
         }
         update = make_update(options.batch)
         # warm
-        block(update, Tracker(), options.updates)
+        block(update, NullTracker(), options.updates)
         ratios: dict[str, list[float]] = {state: [] for state in states}
         alone: list[float] = []
         for number in tqdm(range(options.rounds), file=sys.stderr):
-            before = block(update, Tracker(), options.updates)
+            before = block(update, NullTracker(), options.updates)
             for index, (state, uri) in enumerate(states.items()):
                 tracker = tracker_to(uri, folder / "runs" / f"{number}-{index}")
                 # the start of a run is delivered, or the sender is in its trouble
@@ -159,7 +159,7 @@ def main() -> None:
                 seconds = block(update, tracker, options.updates)
                 # which waits for seconds only
                 tracker.close("KILLED")
-                after = block(update, Tracker(), options.updates)
+                after = block(update, NullTracker(), options.updates)
                 ratios[state].append(2 * seconds / (before + after))
                 alone.append(after)
                 before = after
