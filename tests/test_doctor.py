@@ -23,7 +23,7 @@ from pipeline.doctor.parts import BASE, LANES, State
 from pipeline.doctor.remedies import Surroundings
 from pipeline.doctor.remote import Worker
 from pipeline.errors import UserError
-from pipeline.tracking.sender import mlflow_client
+from pipeline.tracking.store import mlflow_client
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["python", "memory", "processors", "runs folder", "/dev/shm", "caches"]

@@ -244,7 +244,7 @@ def mlflow(folder: Path) -> str:
 
     It is on the disk of the runs, as locks are the file system's.
     """
-    from pipeline.tracking.sender import mlflow_client
+    from pipeline.tracking.store import mlflow_client
 
     with tempfile.TemporaryDirectory(prefix=".coda-doctor-", dir=folder) as temporary:
         client = mlflow_client(f"sqlite:///{temporary}/mlflow.db")
@@ -264,13 +264,13 @@ def tracking(name: str, uri: str) -> str:
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(ADDRESS_SECONDS),
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     }
-    from pipeline.tracking.sender import URI, check_uri, mlflow_client, sqlite_file
+    from pipeline.tracking.store import TRACKING_URI, check_uri, mlflow_client, sqlite_file
 
     unread = "; trainings do not read this variable: recipes have tracking.uri"
     if name == "tracking.uri":
         unread = ""
         check_uri(_recipe(name="doctor", tracking={"uri": uri}))
-    if not URI.fullmatch(uri):
+    if not TRACKING_URI.fullmatch(uri):
         return f"{uri!r} is no address that is tried here{unread}"
     if database := sqlite_file(uri):
         return _sqlite(database) + unread

@@ -14,7 +14,7 @@ from pipeline.recipe.schema import Recipe
 from pipeline.tracking.journal import JOURNAL
 from pipeline.tracking.journal_tracker import JournalTracker
 from pipeline.tracking.names import METRICS
-from pipeline.tracking.sender import check_uri, sqlite_file
+from pipeline.tracking.store import check_uri, sqlite_file
 from pipeline.tracking.system import SystemMonitor
 from pipeline.tracking.tracker import NullTracker, Tracker
 

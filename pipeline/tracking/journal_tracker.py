@@ -11,8 +11,9 @@ from pathlib import Path
 
 from pipeline.errors import tracebacks_wanted
 from pipeline.recipe.schema import STORED, Recipe, flatten
-from pipeline.tracking.journal import JOURNAL, RUN_KEY, Journal
-from pipeline.tracking.sender import Sender, store_errors
+from pipeline.tracking.journal import JOURNAL, RUN_KEY_TAG, RunJournal
+from pipeline.tracking.sender import Sender
+from pipeline.tracking.store import store_errors
 from pipeline.tracking.system import SystemMonitor
 from pipeline.tracking.tracker import Tracker
 
@@ -48,7 +49,7 @@ class JournalTracker(Tracker):
         self._folder = Path(folder).resolve()
         self._monitor = monitor
         self._names = names
-        self._journal = Journal(self._folder / JOURNAL)
+        self._journal = RunJournal(self._folder / JOURNAL)
         self._sender = Sender(recipe, self._folder)
         self._closed = False
         self._begin(recipe)
@@ -61,7 +62,7 @@ class JournalTracker(Tracker):
     def _begin(self, recipe: Recipe) -> None:
         """Write the key by which the run is found, its parameters, its recipe and its status."""
         if not self._journal.size:
-            self.tags({RUN_KEY: uuid.uuid4().hex})
+            self.tags({RUN_KEY_TAG: uuid.uuid4().hex})
         params = {key: _text(value) for key, value in flatten(recipe.to_dict()).items()}
         known = self._journal.known
         new = {key: value for key, value in params.items() if key not in known["param"]}

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.files import network_file_system, write_atomically
-from pipeline.tracking.sender import sqlite_file
+from pipeline.tracking.store import sqlite_file
 
 # where MLflow's clients look, too
 CREDENTIALS = Path("~/.mlflow/credentials")

@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 from pipeline.distributed import node_name
-from pipeline.tracking.journal import Journal
+from pipeline.tracking.journal import RunJournal
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class SystemMonitor:
         node = os.environ.get("MLFLOW_SYSTEM_METRICS_NODE_ID") or node_name(os.environ)
         self._prefix = f"system/{node}"
         self._seconds = float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or _SECONDS)
-        self._journal = Journal(Path(folder) / f"system-{node}.jsonl")
+        self._journal = RunJournal(Path(folder) / f"system-{node}.jsonl")
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="system-monitor", daemon=True)
         self._thread.start()

@@ -17,7 +17,7 @@ import yaml
 from recipes_for_tests import small_recipe
 from tracked import free_port
 
-from pipeline.tracking.sender import mlflow_client
+from pipeline.tracking.store import mlflow_client
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME, PASSWORD = "coda", "a long enough pass phrase"

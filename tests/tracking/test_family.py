@@ -12,7 +12,7 @@ from tracked import assert_store_equals_journal, journal, make_recipe
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.tracking import open_tracker, sync, tracker_of
-from pipeline.tracking.sender import mlflow_client
+from pipeline.tracking.store import mlflow_client
 
 
 def sweep(client):
@@ -121,7 +121,7 @@ LIVING = """
 import sys, time
 from pathlib import Path
 from pipeline.distributed import World
-from pipeline.recipe import load
+from pipeline.recipe.load import load
 from pipeline.tracking import open_tracker
 
 tracker = open_tracker(load(Path(sys.argv[1]) / "recipe.yaml"), Path(sys.argv[1]), World())

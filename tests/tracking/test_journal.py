@@ -20,7 +20,7 @@ from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.recipe.schema import TrackingRecipe
 from pipeline.tracking import METRICS, open_tracker, sync
-from pipeline.tracking.sender import mlflow_client
+from pipeline.tracking.store import mlflow_client
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -124,7 +124,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from pipeline.distributed import World
-from pipeline.recipe import load
+from pipeline.recipe.load import load
 from pipeline.tracking import open_tracker
 
 folder = Path(sys.argv[1])

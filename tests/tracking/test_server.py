@@ -16,7 +16,7 @@ from tracked import assert_store_equals_journal, free_port, journal, make_recipe
 from pipeline.cli import main
 from pipeline.distributed import World
 from pipeline.tracking import open_tracker
-from pipeline.tracking.sender import mlflow_client
+from pipeline.tracking.store import mlflow_client
 
 
 def note(tracker, first: int, last: int) -> float:

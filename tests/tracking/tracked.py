@@ -11,8 +11,8 @@ import yaml
 
 from pipeline.recipe.load import from_dict
 from pipeline.recipe.schema import Recipe
-from pipeline.tracking.journal import RUN_KEY
-from pipeline.tracking.sender import mlflow_client
+from pipeline.tracking.journal import RUN_KEY_TAG
+from pipeline.tracking.store import mlflow_client
 
 
 def make_recipe(folder: Path, uri: str | None, **tracking) -> Recipe:
@@ -40,8 +40,8 @@ def assert_store_equals_journal(uri: str, folder: Path, status: str = "FINISHED"
     """One run in the store, and in it each journal entry exactly once; returns the run."""
     client = mlflow_client(uri)
     experiments = [found.experiment_id for found in client.search_experiments()]
-    (key,) = (line["value"] for line in journal(folder, "tag") if line["key"] == RUN_KEY)
-    (run,) = client.search_runs(experiments, f"tags.`{RUN_KEY}` = '{key}'")
+    (key,) = (line["value"] for line in journal(folder, "tag") if line["key"] == RUN_KEY_TAG)
+    (run,) = client.search_runs(experiments, f"tags.`{RUN_KEY_TAG}` = '{key}'")
     assert (
         run.info.run_id == (folder / "run_id").read_text()
         and run.info.experiment_id == (folder / "experiment_id").read_text()
