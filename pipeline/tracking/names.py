@@ -1,19 +1,24 @@
-"""The one table of metric names, with what each means and what its steps count: runs with other
-batch sizes and GPU counts line up.
+"""The one table of metric names, with what each means and what its steps count.
+
+Runs with other batch sizes and GPU counts line up, since no step counts updates.
 """
 
 from typing import get_args
 
 from pipeline.recipe.schema import Method
 
-_IMAGES, _EPOCH, _LAYER = "images seen", "epoch", "layer index, from the output back to the input"
-# name -> (meaning, what its steps count)
-METRICS = {
+_IMAGES = "images seen"
+_EPOCH = "epoch"
+_LAYER = "layer index, from the output back to the input"
+
+# Of training, of the validation images, and of the network's explanations as a whole.
+_PLAIN = {
     "train/loss": ("loss of the last update, mean over its images", _IMAGES),
     "train/learning_rate": ("learning rate of the last update", _IMAGES),
     "speed/images_per_second": ("training images per second, all processes together", _IMAGES),
     "speed/device_hours": (
-        "hours x processes so far, evaluations included, summed over all attempts as far as they were logged",
+        "hours x processes so far, evaluations included, "
+        "summed over all attempts as far as they were logged",
         _IMAGES,
     ),
     "val/loss": ("loss, mean over the validation images", _EPOCH),
@@ -37,27 +42,46 @@ METRICS = {
         _LAYER,
     ),
 }
-# judged of every method's maps
+# Of the maps of every method.
 _OF_MAPS = {
     "localisation": "mean of the grid pointing game where the method makes its map",
     "localisation_2x2": "mean of the game with grids of 2x2",
     "pixel_removal": "pixel_removal_least - pixel_removal_most: 1 is best, 0 is a random order",
-    "pixel_removal_least": "probability of the true class while the least important quarter of the pixels goes",
-    "pixel_removal_most": "probability of the true class while the most important quarter of the pixels goes",
+    "pixel_removal_least": (
+        "probability of the true class while the least important quarter of the pixels goes"
+    ),
+    "pixel_removal_most": (
+        "probability of the true class while the most important quarter of the pixels goes"
+    ),
     "depth": "interpretable depth: the largest distance from the output that still localises",
     "area": "area under the curve of localisation against distance from the output",
 }
-# the network's own contributions have short names
-for _method in get_args(Method):
-    _of = "interp" if _method == "contributions" else f"interp/{_method}"
-    METRICS |= {
-        f"{_of}/{name}": (f"{_method}: {meaning}", _EPOCH) for name, meaning in _OF_MAPS.items()
-    }
-    for _base in ("localisation", "localisation_2x2"):
-        METRICS |= {
-            f"{_of}/{_base}_{q}": (f"{_method}: {_base}, {q}", _EPOCH)
-            for q in ("q25", "median", "q75")
-        }
-for _stat in ("", "_q25", "_median", "_q75"):
-    _meaning = f"grid pointing game where the CoDA part begins, {_stat[1:] or 'mean'}"
-    METRICS[f"interp/localisation_junction{_stat}"] = (_meaning, _EPOCH)
+_QUANTILES = ("q25", "median", "q75")
+
+
+def _of_methods() -> dict[str, tuple[str, str]]:
+    """The names of ``_OF_MAPS`` for every method, with quantiles of the localisation."""
+    table = {}
+    for method in get_args(Method):
+        # The network's own contributions have short names.
+        group = "interp" if method == "contributions" else f"interp/{method}"
+        for name, meaning in _OF_MAPS.items():
+            table[f"{group}/{name}"] = (f"{method}: {meaning}", _EPOCH)
+        for name in ("localisation", "localisation_2x2"):
+            for quantile in _QUANTILES:
+                table[f"{group}/{name}_{quantile}"] = (f"{method}: {name}, {quantile}", _EPOCH)
+    return table
+
+
+def _of_junction() -> dict[str, tuple[str, str]]:
+    """The names of the localisation where the CoDA part of a hybrid begins."""
+    name = "interp/localisation_junction"
+    meaning = "grid pointing game where the CoDA part begins"
+    table = {name: (f"{meaning}, mean", _EPOCH)}
+    for quantile in _QUANTILES:
+        table[f"{name}_{quantile}"] = (f"{meaning}, {quantile}", _EPOCH)
+    return table
+
+
+METRICS: dict[str, tuple[str, str]] = {**_PLAIN, **_of_methods(), **_of_junction()}
+"""Name -> (meaning, what its steps count)."""

@@ -1,37 +1,43 @@
-"""What ``mlflow.pyfunc.load_model`` runs: an exported network that predicts, and explains. MLflow
-keeps this file with the model.
+"""The script that ``mlflow.pyfunc.load_model`` runs: an export that predicts, and explains.
 
-The environment that loads it needs this package, as ``import pipeline`` registers the
-architectures.
+MLflow keeps this file with the model. The environment that loads it needs this package, as
+``import pipeline`` registers the architectures.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from pipeline.export import load_export
 from pipeline.interpret.contributions import contributions
 
 
 class ExplainedClassifier(PythonModel):
-    """Probabilities of all classes, and on request what every pixel contributes to the most
-    probable one.
-    """
+    """Probabilities of all classes, and on request the contributions of every pixel."""
 
-    def load_context(self, context: Any) -> None:
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load the export that was logged with the model."""
         self.model = load_export(Path(context.artifacts["export"]))
 
     def predict(
-        self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None
-    ) -> dict[str, np.ndarray]:
-        """Of RGB images (B, 3, H, W) in [0, 1], float32.
+        self,
+        context: PythonModelContext,
+        model_input: npt.NDArray[np.float32],
+        params: dict[str, bool] | None = None,
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """Classify images, and explain the most probable class of each.
+
+        Args:
+            context: unused; ``load_context`` has read it.
+            model_input: RGB images (B, 3, H, W) in [0, 1].
+            params: with ``explain`` true, the contributions are computed.
 
         Returns:
-            ``probabilities`` (B, C): the sigmoid of the logits. With the parameter ``explain`` also
+            ``probabilities`` (B, C): the sigmoid of the logits. With ``explain`` also
             ``contributions`` (B, H, W): signed, to T (logit - b0) of each image's most probable
             class, summed over the channels of the encoding.
         """
@@ -40,9 +46,8 @@ class ExplainedClassifier(PythonModel):
             probabilities = self.model(images).sigmoid()
         found = {"probabilities": probabilities.numpy()}
         if params and params.get("explain"):
-            found["contributions"] = (
-                contributions(self.model, images, probabilities.argmax(1)).sum(1).numpy()
-            )
+            maps = contributions(self.model, images, probabilities.argmax(1))
+            found["contributions"] = maps.sum(1).numpy()
         return found
 
 
