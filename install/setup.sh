@@ -12,7 +12,8 @@ case $1 in
 *) venv=$PWD/$1 ;;
 esac
 here=$(dirname "$0")
-gigabytes=7.5 # 6.9 in the end, and what pip unpacks on the way
+# 6.9 in the end, and what pip unpacks on the way.
+gigabytes=7.5
 [ -z "${TORCH_INDEX:-}" ] || gigabytes=3
 extras="train,explain,server,test"
 cpu_index=https://download.pytorch.org/whl/cpu
@@ -123,7 +124,7 @@ print(*(name.replace(" ", "") for name in names if not name.startswith(own)))'
 
 install_from_network() {
     log=$venv/ffcv.log
-    # a wheel that an earlier version of the project built is not this one's
+    # A wheel that another version of the project built does not count.
     [ "$(ffcv_state | cksum)" = "$(cat "$venv/wheels/made-from" 2>/dev/null)" ] ||
         rm -rf "$venv/wheels"
     "$venv/bin/python" "$here/build_ffcv.py" "$venv/wheels" >"$log" 2>&1 &
@@ -144,7 +145,7 @@ if [ "${2:-}" = --if-needed ] && ready; then exit 0; fi
 find_python
 if [ -n "${WHEELHOUSE:-}" ]; then
     [ -d "$WHEELHOUSE" ] ||
-        fail "WHEELHOUSE=$WHEELHOUSE is no folder;" \
+        fail "WHEELHOUSE=$WHEELHOUSE is not a folder;" \
             "\`make wheelhouse\` on a machine with network makes one"
     WHEELHOUSE=$(cd "$WHEELHOUSE" && pwd)
     export PIP_NO_INDEX=1 PIP_FIND_LINKS="$WHEELHOUSE"

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Fill FOLDER with wheels of everything that set-up installs, for machines without network that
 # have the same Python version and kind of processor:
-#   sh install/wheelhouse.sh VENV FOLDER        there:  make setup WHEELHOUSE=FOLDER
+#   sh install/wheelhouse.sh VENV FOLDER
+# On such a machine `make setup WHEELHOUSE=FOLDER` installs from it.
 set -eu
 python=$1/bin/python
 folder=$2
@@ -9,7 +10,7 @@ here=$(dirname "$0")
 mkdir -p "$folder"
 rm -f "$folder/made-for"
 cp "$1"/wheels/ffcv-*.whl "$folder/" 2>/dev/null || "$python" "$here/build_ffcv.py" "$folder"
-# hatchling and editables install the project itself
+# hatchling and editables are needed to install the project itself.
 "$python" -m pip --disable-pip-version-check wheel --wheel-dir "$folder" --find-links "$folder" \
     --only-binary ffcv -c constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
     ".[train,explain,server,test]" hatchling editables

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Whether the project runs on this cluster at all: trains a tiny network on two nodes, no data needed, about a minute.
+# Check that the project runs on this cluster at all: train a tiny network on two nodes, which needs
+# no data and about a minute.
 #   sbatch slurm/smoke.sh
 #SBATCH --job-name=coda-smoke
 #SBATCH --nodes=2
@@ -13,8 +14,9 @@ source "${SLURM_SUBMIT_DIR:?this script is for sbatch}/slurm/common.sh"
 
 begin_job
 folder=$PWD/$logs/smoke
-launch train digits_coda_resnet20 name=smoke runs="$folder" data.image_size=8 data.prepared="$folder" \
-    model.name=coda_s model.args='{rank: 2}' training.epochs=1 training.global_batch_size=128 training.warmup_epochs=0 \
+launch train digits_coda_resnet20 name=smoke runs="$folder" \
+    data.image_size=8 data.prepared="$folder" model.name=coda_s model.args='{rank: 2}' \
+    training.epochs=1 training.global_batch_size=128 training.warmup_epochs=0 \
     'evaluation.final_metrics=[accuracy]'
 code=$?
 if [ "$code" = 0 ]; then

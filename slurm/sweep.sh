@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Train a recipe with every combination of some values, one element of a job array each, all below one parent run of one MLflow experiment:
-#   slurm/sweep.sh RECIPE model.args.temperature=100,1000 model.args.conv_stages=2,3 [-- sbatch options]
+# Train a recipe with every combination of some values, each as one element of a job array, all
+# below one parent run of one MLflow experiment:
+#   slurm/sweep.sh RECIPE model.args.temperature=100,1000 model.args.conv_stages=2,3 \
+#       [-- sbatch options]
 # Runs are called <recipe>-<value>-<value>; the experiment is called like the recipe, with -sweep.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -23,7 +23,8 @@ command -v debootstrap >/dev/null || fail "debootstrap is missing: apt-get insta
 # In a mount namespace of its own: whatever ends this script, no mount is left behind.
 [ -n "${FRESH_ALONE:-}" ] || FRESH_ALONE=1 exec unshare --mount bash tests/fresh/run.sh "$@"
 
-mirror() { # of this machine's own sources
+# The mirror in this machine's own sources.
+mirror() {
     sed -n 's/^URIs: *\([^ ]*\).*/\1/p; s/^deb \(\[[^]]*\] \)\?\([^ ]*\) .*/\2/p' \
         /etc/apt/sources.list.d/debian.sources /etc/apt/sources.list 2>/dev/null | head -n 1
 }
@@ -78,7 +79,8 @@ umount_all() { # ROOT
     done < <(awk -v root="$1/" 'index($2, root) == 1 { print $2 }' /proc/self/mounts | sort -r)
 }
 
-# Without network, but with the loopback interface, which no machine lacks.
+# Words that start a command without network, but with the loopback interface, which every machine
+# has.
 loopback="import fcntl, socket, struct
 fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh', b'lo', 0x41))"
 # shellcheck disable=SC2016
@@ -86,8 +88,8 @@ alone=(unshare --net sh -c 'python3 -c "$0" && exec "$@"' "$loopback")
 
 mapfile -t settings < <(pip_settings)
 rows=()
-# A command in the project, as after a new login: of this environment nothing passes but where pip
-# finds packages. Ends the script where it fails.
+# Run a command in the project, as after a new login: nothing of this environment reaches it but
+# where pip finds packages. Ends the script if the command fails.
 step() { # NAME COMMAND [WRAPPER ...]
     local what=$1 command=$2 start=$SECONDS log
     shift 2
@@ -159,7 +161,8 @@ container() {
     step "install/container.sh" "sh install/container.sh"
     step "doctor" "/opt/coda/bin/coda doctor"
     step "one epoch" "/opt/coda/bin/coda train digits_resnet20 training.epochs=1"
-    umount_all "$root" # the folders in which pip found packages are no part of it
+    # The folders in which pip found packages are not part of it.
+    umount_all "$root"
     size "the image" "$root"
 }
 

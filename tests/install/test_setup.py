@@ -106,7 +106,7 @@ def test_too_little_room(tmp_path):
 def test_wheelhouse_that_is_missing_unfinished_or_for_another_python(tmp_path):
     programs = {"python3": PYTHON}
     done = run_setup(tmp_path, programs=programs, WHEELHOUSE="nowhere")
-    refused(done, "WHEELHOUSE=nowhere is no folder", "make wheelhouse")
+    refused(done, "WHEELHOUSE=nowhere is not a folder", "make wheelhouse")
     (tmp_path / "wheels").mkdir()
     done = run_setup(tmp_path, programs=programs, WHEELHOUSE="wheels")
     refused(done, "was not filled to its end")
