@@ -56,7 +56,8 @@ def test_the_machine_is_bare(folder):
 def test_one_process_trains_to_the_end(folder):
     done = run([*CODA, "train", str(folder / "recipe.yaml")], folder)
     assert done.returncode == 0, done.stderr
-    assert noise(done.stderr, STDERR) == [] and noise(done.stdout, STDOUT) == []
+    assert noise(done.stderr, STDERR) == []
+    assert noise(done.stdout, STDOUT) == []
     trained = folder / "runs" / "small"
     for left in (
         "export/model.safetensors",
@@ -67,7 +68,8 @@ def test_one_process_trains_to_the_end(folder):
         assert (trained / left).is_file(), left
     caches = folder / "tmp" / f"coda-{os.getuid()}"
     assert stat.S_IMODE(caches.stat().st_mode) == 0o700
-    assert list(caches.glob("numba/*/*.nbi")) and list(caches.glob("matplotlib/fontlist*"))
+    assert list(caches.glob("numba/*/*.nbi"))
+    assert list(caches.glob("matplotlib/fontlist*"))
     # nothing was compiled
     assert not list(caches.glob("torch-extensions/*"))
 
@@ -79,12 +81,14 @@ def test_what_is_trained_and_evaluated_is_compared(folder):
     ):
         done = run([*CODA, *words], folder)
         assert done.returncode == 0, done.stderr
-        assert noise(done.stderr, STDERR) == [] and noise(done.stdout, STDOUT) == []
+        assert noise(done.stderr, STDERR) == []
+        assert noise(done.stdout, STDOUT) == []
         assert ("resumed" in done.stderr) == (words[0] == "train")
 
 
 def test_a_new_warning_is_seen():
-    assert noise("UserWarning: something new", STDERR) and noise("loading needs 1 GB", STDERR)
+    assert noise("UserWarning: something new", STDERR)
+    assert noise("loading needs 1 GB", STDERR)
     assert noise("Pictures:\nPictures:\n", STDOUT) == ["Pictures:"]
 
 
@@ -102,8 +106,10 @@ def test_two_processes_train_to_the_end_without_a_home(folder):
     assert done.returncode == 0, done.stderr
     # no network, no names
     nameless = r"\[W\S+ .*socket.cpp:\d+\] \[c10d\] The hostname of the client socket cannot be retrieved. err=-\d+"
-    assert noise(done.stderr, (*STDERR, nameless)) == [] and noise(done.stdout, STDOUT) == []
-    assert (folder / "runs" / "two" / "run_id").is_file() and not os.path.exists("/nonexistent")
+    assert noise(done.stderr, (*STDERR, nameless)) == []
+    assert noise(done.stdout, STDOUT) == []
+    assert (folder / "runs" / "two" / "run_id").is_file()
+    assert not os.path.exists("/nonexistent")
 
 
 def test_a_machine_without_loopback_is_one_line(folder):

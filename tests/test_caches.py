@@ -27,7 +27,8 @@ def test_every_cache_has_a_private_folder(temporary):
     folder = use_local_caches()
     assert folder == temporary / f"coda-{os.getuid()}"
     for path in (folder, *(Path(os.environ[variable]) for variable in CACHES)):
-        assert path.is_relative_to(folder) and stat.S_IMODE(path.stat().st_mode) == 0o700
+        assert path.is_relative_to(folder)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
     assert use_local_caches() == folder == Path(os.environ["CODA_CACHE"])
 
 
@@ -35,10 +36,8 @@ def test_what_the_user_has_set_stays(temporary, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
     monkeypatch.setenv("CODA_CACHE", str(temporary / "deep" / "mine"))
     assert use_local_caches() == temporary / "deep" / "mine"
-    assert (
-        os.environ["TRITON_CACHE_DIR"] == "/elsewhere"
-        and not (temporary / "deep" / "mine" / "triton").exists()
-    )
+    assert os.environ["TRITON_CACHE_DIR"] == "/elsewhere"
+    assert not (temporary / "deep" / "mine" / "triton").exists()
     assert os.environ["NUMBA_CACHE_DIR"] == str(temporary / "deep" / "mine" / "numba")
 
 
@@ -81,9 +80,9 @@ def test_a_folder_that_others_could_fill_is_not_used(temporary, plant):
         [sys.executable, str(program)], env=variables, capture_output=True, text=True, check=True
     )
     folder, numba = answer.stdout.split()
-    assert (
-        Path(folder).parent == temporary and folder != str(planted) and numba == f"{folder}/numba"
-    )
+    assert Path(folder).parent == temporary
+    assert folder != str(planted)
+    assert numba == f"{folder}/numba"
     # it goes with its process
     assert not Path(folder).exists()
     assert planted.is_symlink() or planted.is_file() or not list(planted.iterdir())

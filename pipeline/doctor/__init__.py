@@ -18,32 +18,34 @@ from pipeline.doctor.parts import AFTER, LANES, PACKAGE, Check, State
 from pipeline.doctor.remote import Worker
 
 OLDEST_PYTHON = (3, 11)
-# The highest is what the process ends with.
-CODES = {State.OK: 0, State.UNKNOWN: 1, State.FAILED: 2}
+# The process ends with the highest code of its checks.
+EXIT_CODES = {State.OK: 0, State.UNKNOWN: 1, State.FAILED: 2}
 
 
 class Wanted(NamedTuple):
     """What is to be checked beyond the machine itself."""
 
     runs: Path
+    """Folder of the runs."""
+    tracking: dict[str, str]
+    """Addresses of MLflow by where they stand."""
     data: Path | None = None
     """Folder of the recipe's prepared files."""
-    tracking: dict[str, str] = {}
-    """Addresses of MLflow by where they stand."""
 
 
 def main(runs: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> int:
     """Print a line per check as it finishes.
-
-    Returns 0 if all are well, 2 if one failed, else 1: one could not be made.
 
     Args:
         runs: folder of the runs, which need not exist yet; with a recipe, the recipe's is meant.
         recipe: a file; its folders and its tracking address are checked, too.
         overrides: of the recipe, ``section.key=value``.
 
+    Returns:
+        The exit code: 0 if all is well, 2 if a check failed, 1 if one could not be made.
+
     Raises:
-        UserError: the recipe is not valid, or CODA_DOCTOR_SECONDS is no number of seconds.
+        UserError: the recipe is not valid, or CODA_DOCTOR_SECONDS is not a number of seconds.
     """
     seconds = machine.seconds()
     code = 0
@@ -51,7 +53,7 @@ def main(runs: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -
         print(f"{check.state.value:8}{check.name}: {check.detail}", flush=True)
         if check.remedy and check.state is not State.OK:
             print(f"{'':8}-> {check.remedy}", flush=True)
-        code = max(code, CODES[check.state])
+        code = max(code, EXIT_CODES[check.state])
     return code
 
 
@@ -61,10 +63,10 @@ def checks(
     overrides: Sequence[str] = (),
     seconds: float = machine.SECONDS,
 ) -> Iterator[Check]:
-    """All checks, one after another, in ``seconds``; those not done by then are UNKNOWN."""
+    """Make all checks, one after another, in ``seconds``; those not done by then are UNKNOWN."""
     end = time.monotonic() + seconds
     remedy = remedies.remedies(remedies.surroundings())
-    wanted = Wanted(runs, tracking=machine.tracking_variable())
+    wanted = Wanted(runs, machine.tracking_variable())
     if recipe:
         try:
             wanted = _of_recipe(recipe, overrides)
@@ -112,7 +114,7 @@ def _check(name: str, probe: Callable[[], str], remedy: Callable[[str, str], str
     try:
         return Check(name, State.OK, probe(), "")
     except Exception as error:
-        # a failure of any kind is what this reports
+        # A failure of any kind is what the doctor reports.
         detail = machine.one_line(error)
         return Check(name, State.FAILED, detail, remedy(name, detail))
 
@@ -123,4 +125,4 @@ def _of_recipe(path: str, overrides: Sequence[str]) -> Wanted:
     recipe = load(path, overrides)
     address = recipe.tracking.uri
     tracking = {"tracking.uri": address} if address else machine.tracking_variable()
-    return Wanted(Path(recipe.runs), recipe.data.folder, tracking)
+    return Wanted(Path(recipe.runs), tracking, recipe.data.folder)

@@ -1,4 +1,4 @@
-"""What can be seen of the machine without any package.
+"""Probes of the machine itself, which need no package.
 
 Each probe returns what it found, or raises what is wrong.
 """
@@ -19,16 +19,17 @@ from pipeline.caches import use_local_caches
 from pipeline.errors import UserError
 from pipeline.files import NETWORK_FILE_SYSTEMS, file_system
 
-# for all checks together
+# For all checks together.
 SECONDS = 60.0
-# a small run's checkpoints, export and pictures
+# Of a small run: its checkpoints, export and pictures.
 RUN_BYTES = 1e9
-# of a small data set
+# Of a small data set.
 DATA_BYTES = 1e8
-# semaphores; whether NCCL finds room there is the nccl check's to say
+# For semaphores; the nccl check finds out whether there is room for NCCL.
 SHM_BYTES = 16e6
+# Of the code that libraries compile.
 CACHE_BYTES = 2e8
-# the imports of a training take 1 GB
+# The imports of a training run take 1 GB.
 MEMORY_BYTES = 2e9
 
 
@@ -63,7 +64,11 @@ def python(oldest: tuple[int, int]) -> str:
 
 
 def memory(root: Path = Path("/")) -> str:
-    """What is available, and the limit of its control groups (a job's, a container's)."""
+    """The memory that is available, and the limit of the control groups (a job's, a container's).
+
+    Args:
+        root: of the file system.
+    """
     text = (root / "proc/meminfo").read_text()
     kilobytes = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
     assert kilobytes
@@ -71,7 +76,7 @@ def memory(root: Path = Path("/")) -> str:
     if min(available, *limits) < MEMORY_BYTES:
         raise MemoryError(
             f"{min(available, *limits) / 1e9:.1f} GB, "
-            f"fewer than the {MEMORY_BYTES / 1e9:g} GB of the smallest training"
+            f"fewer than the {MEMORY_BYTES / 1e9:g} GB of the smallest training run"
         )
     found = f"{available / 1e9:.1f} GB available"
     if limits and min(limits) < available:
@@ -99,9 +104,9 @@ def _memory_limits(root: Path) -> list[int]:
 
 
 def processors() -> str:
-    """How many this process may use.
+    """The number of processors that this process may use.
 
-    A machine of one is slow, and yet enough; one of several is a mistake.
+    The only one of a machine is slow, and yet enough; one of several is a mistake.
     """
     usable, there = len(os.sched_getaffinity(0)), os.cpu_count()
     if usable < 2 and there != usable:
@@ -112,32 +117,32 @@ def processors() -> str:
 
 
 def runs_folder(folder: Path) -> str:
-    """Whether runs can be written below ``folder``."""
+    """Runs can be written below ``folder``."""
     place, found = _room(folder, RUN_BYTES)
     warning = "; SQLite's locks are not safe there: tracking.uri=http://HOST:PORT of `coda serve`"
     return found + (warning if file_system(place) in NETWORK_FILE_SYSTEMS else "")
 
 
 def data_folder(folder: Path) -> str:
-    """Whether data are prepared in ``folder`` and readable, or else can be written there."""
+    """Data are prepared in ``folder`` and readable, or else can be written there."""
     manifest = folder / "manifest.json"
     if manifest.exists():
         manifest.read_bytes()
         return f"{folder} is prepared"
     place, found = _room(folder, DATA_BYTES)
     with tempfile.TemporaryFile(dir=place) as file:
-        # with which writers keep each other out
+        # By such a lock writers keep each other out.
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return f"{folder} is not prepared yet; {found}"
 
 
 def shared_memory() -> str:
-    """/dev/shm, where processes of one node have their semaphores, and NCCL its buffers."""
+    """There is room in /dev/shm, for the semaphores of a node's processes and NCCL's buffers."""
     return _room(Path("/dev/shm"), SHM_BYTES, digits=2)[1]
 
 
 def caches() -> str:
-    """Whether compiled code can be kept, and loaded from where it is kept."""
+    """Compiled code can be kept, and loaded from where it is kept."""
     folder = use_local_caches()
     place, found = _room(folder, CACHE_BYTES)
     if _runs_code(place):
@@ -169,7 +174,7 @@ def existing(folder: Path) -> Path:
 
 
 def _room(folder: Path, needed: float, digits: int = 0) -> tuple[Path, str]:
-    """Write where ``folder`` is or would be made, and see that ``needed`` bytes are free there."""
+    """Check that ``folder`` is, or could be, in a writable place with ``needed`` bytes free."""
     place = existing(folder)
     with tempfile.TemporaryFile(dir=place) as file:
         file.write(b"coda")

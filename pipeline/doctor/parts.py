@@ -12,27 +12,31 @@ class State(Enum):
 
     OK = "ok"
     FAILED = "FAILED"
-    # no answer in time, or something that it builds upon has failed
     UNKNOWN = "unknown"
+    """No answer in time, or a check on which this one builds has failed."""
 
 
 class Check(NamedTuple):
     """Outcome of one check."""
 
     name: str
+    """As in the lists below, or of a probe of the machine."""
     state: State
+    """What it has found."""
     detail: str
-    """What was found, or why it failed."""
+    """The finding, or the reason of the failure."""
     remedy: str
-    """Empty where another check's comes first."""
+    """What mends it; empty where another check's remedy comes first."""
 
 
-# one process imports them once, for all others
+# One process imports them once, for all others.
 BASE = ("torch", "torchvision", "timm")
-# Run beside each other; within one, one after another, as not everywhere may two processes share a
-# GPU.
+# The lanes run beside each other. Within a lane one check runs after another, as not everywhere may
+# two processes share a GPU.
 LANES = (("process group", "gpu", "nccl", "deepspeed", "kernels"), ("ffcv",), ("mlflow",))
+# Check -> the Python package that it needs.
 PACKAGE = {name: name for name in (*BASE, "deepspeed", "ffcv", "mlflow")}
+# Check -> those on which it builds.
 AFTER = {
     "torch": (),
     "torchvision": ("torch",),

@@ -1,35 +1,39 @@
-"""What a training does, in small.
+"""Probes of packages: they do in small what a training run does.
 
-Each probe runs in a process of its own, returns what it found, and raises what is wrong.
+Each runs in a process of its own, returns what it found, and raises what is wrong.
 """
 
-import contextlib
 import importlib.metadata
 import os
 import shutil
 import socket
-import sqlite3
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.doctor import machine
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from pipeline.recipe.schema import Recipe
 
 RENDEZVOUS_SECONDS = 20.0
-ADDRESS_SECONDS = 10
-# Of planted images: pixels, grey levels from one to the next, and levels that a JPEG may err.
-SIDE, SLOPE, TOLERANCE = 64, 3, 2
+# Of planted images: pixels, grey levels from one pixel to the next, and levels that a JPEG may err.
+SIDE = 64
+SLOPE = 3
+TOLERANCE = 2
 
 
 def process_group_of_two() -> str:
-    """Two processes of this machine, on its processor."""
+    """Two processes of this machine sum a tensor, on its processor."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return f"gloo, {_all_reduce(2, 'fork')}"
 
 
 def gpu() -> str:
-    """Every GPU that torch sees computes."""
+    """Every GPU that torch sees computes a sum."""
     import torch
 
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -38,7 +42,7 @@ def gpu() -> str:
     if names:
         return f"{len(names)} x {', '.join(dict.fromkeys(names))}"
     if (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return f"none, as CUDA_VISIBLE_DEVICES is {hidden!r}: trainings run on the processor"
+        return f"none, as CUDA_VISIBLE_DEVICES is {hidden!r}: training runs on the processor"
     if listed := _nvidia_smi():
         raise RuntimeError(
             f"nvidia-smi lists {listed[0]}, "
@@ -49,7 +53,7 @@ def gpu() -> str:
             "none, though the machine has some: in a container --nv (apptainer) or "
             "--gpus all (docker) shows them, in a job --gpus-per-node"
         )
-    return "none: trainings run on the processor"
+    return "none: training runs on the processor"
 
 
 def _nvidia_smi() -> list[str]:
@@ -73,7 +77,7 @@ def _why_no_gpu() -> str:
 
 
 def nccl() -> str:
-    """All GPUs of this machine, one process each."""
+    """All GPUs of this machine sum a tensor, one process each."""
     import torch
 
     devices = torch.cuda.device_count()
@@ -83,15 +87,14 @@ def nccl() -> str:
 
 
 def _all_reduce(size: int, start_method: str) -> str:
-    import torch
+    from torch.multiprocessing.spawn import start_processes
 
     _stand_alone()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        _sum_of_ranks, (size, port), nprocs=size, start_method=start_method
-    )
+    start: Callable[..., object] = start_processes
+    start(_sum_of_ranks, (size, port), nprocs=size, start_method=start_method)
     return f"{size} processes on {socket.gethostname()} summed a tensor"
 
 
@@ -114,7 +117,7 @@ def _sum_of_ranks(rank: int, size: int, port: int) -> None:
 
 
 def deepspeed() -> str:
-    """An engine as a training builds it, and one update of a tiny network."""
+    """An engine as a training run builds it makes one update of a tiny network."""
     import torch
 
     from pipeline.distributed import process_group
@@ -122,7 +125,7 @@ def deepspeed() -> str:
     from pipeline.training.optim import build_optimizer
 
     _stand_alone()
-    recipe = _recipe(
+    recipe = smallest_recipe(
         name="doctor", training={"epochs": 1, "global_batch_size": 4, "learning_rate": 0.1}
     )
     with process_group(RENDEZVOUS_SECONDS) as world:
@@ -140,13 +143,14 @@ def deepspeed() -> str:
 
 
 def _stand_alone() -> None:
-    """Forget that this process may be one of several under torchrun or srun: they are not here."""
+    """Forget torchrun's and srun's variables: the other processes of theirs are not here."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     for name in (*names, "TORCHELASTIC_USE_AGENT_STORE", "SLURM_STEP_ID"):
         os.environ.pop(name, None)
 
 
-def _recipe(**changes: Any) -> Any:
+def smallest_recipe(**changes: Any) -> "Recipe":
+    """A valid recipe, with ``changes`` of its sections."""
     from pipeline.recipe.load import from_dict
 
     model = {"name": "coda_s", "args": {"rank": 2}}
@@ -156,9 +160,9 @@ def _recipe(**changes: Any) -> Any:
 
 
 def kernels() -> str:
-    """The fused kernels of the layer, if there is a GPU.
+    """The fused kernels of the layer agree with plain PyTorch, if there is a GPU.
 
-    This is what they say of themselves before a training uses them.
+    A training run checks the same before it uses them.
     """
     import torch
 
@@ -176,7 +180,7 @@ def kernels() -> str:
 
 
 def ffcv() -> str:
-    """Images prepared as JPEG, and loaded, cropped and resized as for an evaluation.
+    """Planted images are prepared as JPEG, and loaded, cropped and resized as for an evaluation.
 
     Their right pixels are known.
     """
@@ -195,7 +199,7 @@ def ffcv() -> str:
             path = Path(folder, "images", split, "class", f"{number}.png")
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
-        # half of the part that a central crop leaves
+        # Half of the part that a central crop leaves.
         size = SIDE * 7 // 16
         data = {
             "source": "imagefolder",
@@ -206,7 +210,7 @@ def ffcv() -> str:
             "write_mode": "jpg",
             "workers": min(2, len(os.sched_getaffinity(0))),
         }
-        recipe = _recipe(name="doctor", data=data)
+        recipe = smallest_recipe(name="doctor", data=data)
         prepare(recipe)
         with eval_loader(recipe, open_prepared(recipe.data), World(), len(planted)).epoch(
             0
@@ -228,7 +232,7 @@ def ffcv() -> str:
     )
 
 
-def _planted_images() -> list:
+def _planted_images() -> "list[npt.NDArray[np.uint8]]":
     """A colour, and ramps across and down: they show exchanged channels, sides, single pixels."""
     import numpy as np
 
@@ -237,67 +241,3 @@ def _planted_images() -> list:
     across = np.empty((SIDE, SIDE, 3), np.uint8)
     across[:] = (SLOPE * np.arange(SIDE))[None, :, None]
     return [colour, across, np.ascontiguousarray(across.transpose(1, 0, 2))]
-
-
-def mlflow(folder: Path) -> str:
-    """A run with one metric in an SQLite file in ``folder``.
-
-    It is on the disk of the runs, as locks are the file system's.
-    """
-    from pipeline.tracking.store import mlflow_client
-
-    with tempfile.TemporaryDirectory(prefix=".coda-doctor-", dir=folder) as temporary:
-        client = mlflow_client(f"sqlite:///{temporary}/mlflow.db")
-        run = client.create_run(client.create_experiment("doctor", temporary)).info.run_id
-        client.log_metric(run, "val/top1", 0.5, step=1, synchronous=True)
-        history = client.get_metric_history(run, "val/top1")
-        ((value, step),) = [(row.value, row.step) for row in history]
-    if (value, step) != (0.5, 1):
-        raise RuntimeError(f"logged 0.5 at step 1, read {value} at step {step}")
-    return f"{importlib.metadata.version('mlflow')}, a run in SQLite in {folder} written and read"
-
-
-def tracking(name: str, uri: str) -> str:
-    """Whether MLflow at ``uri`` answers; nothing is written there."""
-    # before mlflow_client, which gives a training's sender more time
-    os.environ |= {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(ADDRESS_SECONDS),
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    }
-    from pipeline.tracking.store import TRACKING_URI, check_uri, mlflow_client, sqlite_file
-
-    unread = "; trainings do not read this variable: recipes have tracking.uri"
-    if name == "tracking.uri":
-        unread = ""
-        check_uri(_recipe(name="doctor", tracking={"uri": uri}))
-    if not TRACKING_URI.fullmatch(uri):
-        return f"{uri!r} is no address that is tried here{unread}"
-    if database := sqlite_file(uri):
-        return _sqlite(database) + unread
-    if not uri.startswith("http"):
-        return _database(uri) + unread
-    mlflow_client(uri).search_experiments(max_results=1)
-    return f"{uri} answers as MLflow{unread}"
-
-
-def _sqlite(database: Path) -> str:
-    """Whether the file, or its folder, can be written, and locked."""
-    found = machine.runs_folder(database.parent)
-    if database.exists():
-        with contextlib.closing(sqlite3.connect(database, timeout=ADDRESS_SECONDS)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            connection.rollback()
-    return f"sqlite file {database}: {found}"
-
-
-def _database(uri: str) -> str:
-    import sqlalchemy
-
-    limit = {} if uri.startswith("mssql") else {"connect_timeout": ADDRESS_SECONDS}
-    engine = sqlalchemy.create_engine(uri, connect_args=limit)
-    try:
-        with engine.connect() as connection:
-            connection.execute(sqlalchemy.text("SELECT 1"))
-    finally:
-        engine.dispose()
-    return f"{uri} answers"

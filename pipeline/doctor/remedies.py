@@ -1,4 +1,4 @@
-"""What to do about a failed check, on this kind of machine. Standard library only."""
+"""Remedies for failed checks, on this kind of machine. Standard library only."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _ROOT = Path(__file__).resolve().parents[2]
-# Debian's packages of the libraries that Python packages were seen to miss
+# Library that a Python package was seen to miss -> Debian's package that has it.
 _DEBIAN = {
     "libgomp.so.1": "libgomp1",
     "libstdc++.so.6": "libstdc++6",
@@ -20,22 +20,27 @@ _DEBIAN = {
 
 
 class Surroundings(NamedTuple):
-    """What kind of machine this is."""
+    """The kind of machine."""
 
-    # the command, with sudo where that is needed; empty where there is none, or no right to call it
     apt: str = ""
+    """The command that installs Debian's packages; empty where there is none, or no right to it."""
     modules: bool = False
-    """Environment modules, as on clusters."""
+    """There are environment modules, as on clusters."""
     container: str = ""
-    """Docker (or podman) or apptainer."""
-    # the project's own folder, with its Makefile, in contrast to an installed package
+    """The runtime: docker (or podman) or apptainer; empty outside of a container."""
     checkout: bool = False
+    """The package is used in the project's own folder, with its Makefile; it is not installed."""
     slurm: bool = False
-    """Inside of a job."""
+    """The process is part of a job."""
 
 
 def surroundings(root: Path = Path("/"), checkout: Path = _ROOT) -> Surroundings:
-    """What this machine has."""
+    """Find out what kind of machine this is.
+
+    Args:
+        root: of the file system.
+        checkout: the project's own folder, if there is one.
+    """
     sudo = "" if os.getuid() == 0 else "sudo "
     allowed = not sudo or shutil.which("sudo")
     inside = ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER")
@@ -52,7 +57,7 @@ def surroundings(root: Path = Path("/"), checkout: Path = _ROOT) -> Surroundings
 
 
 def remedies(here: Surroundings) -> Callable[[str, str], str]:
-    """(name of a check, what it found) -> what to do about it ``here``."""
+    """The function from (name of a check, what it found) to what to do about it ``here``."""
 
     def remedy(name: str, detail: str) -> str:
         if "no answer within" in detail:
@@ -62,7 +67,7 @@ def remedies(here: Surroundings) -> Callable[[str, str], str]:
             )
         if library := re.search(r"(lib[\w.+-]+\.so[\w.]*): cannot open shared object file", detail):
             return _library(library[1], here)
-        # of any check that starts a process group
+        # Any check that starts a process group may find this.
         if "loopback interface" in detail:
             name = "process group"
         known = {
@@ -92,7 +97,7 @@ def remedies(here: Surroundings) -> Callable[[str, str], str]:
             "kernels": _kernels(detail, here),
             "tracking.uri": _tracking(detail),
             "MLFLOW_TRACKING_URI": (
-                f"{_tracking(detail)}; or unset the variable, which no training reads: "
+                f"{_tracking(detail)}; or unset the variable, which no training run reads: "
                 "recipes have tracking.uri"
             ),
         }
@@ -189,7 +194,7 @@ def _gpu(here: Surroundings) -> str:
 def _kernels(detail: str, here: Surroundings) -> str:
     if "compiler" not in detail:
         return (
-            "trainings run without them, slower; "
+            "training runs without them, slower; "
             f"torch and triton must fit this GPU and its driver: {_reinstall(here)}"
         )
     if here.apt:
@@ -211,8 +216,11 @@ def _tracking(detail: str) -> str:
             "or ~/.mlflow/credentials"
         )
     if "sqlite" in detail:
-        return "name a file in a writable folder on a disk of this machine: tracking.uri=sqlite:///FILE"
+        return (
+            "name a file in a writable folder on a disk of this machine: "
+            "tracking.uri=sqlite:///FILE"
+        )
     return (
         "start the server (`coda serve`) or correct the address; "
-        "trainings run without it, and `coda sync` sends what is missing"
+        "training runs without it, and `coda sync` sends what is missing"
     )

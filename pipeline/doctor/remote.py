@@ -21,9 +21,9 @@ class Worker:
     """A process that does checks; a context manager that ends it.
 
     Args:
-        names: of ``parts``, what is checked.
+        names: of the checks, as in ``parts``.
         folder: where files of the checks may be written.
-        tracking: addresses that are checked, too, by where they stand.
+        tracking: addresses of MLflow that are checked, too, by where they stand.
         end: of all checks, on the monotonic clock.
         seconds: that all checks may take.
     """
@@ -57,7 +57,7 @@ class Worker:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             pass_fds=[theirs],
-            # so that all its children can be ended with it
+            # So that all its children can be ended with it.
             start_new_session=True,
         )
         os.close(theirs)
@@ -75,7 +75,7 @@ class Worker:
         os.close(self._pipe)
 
     def answer(self, name: str) -> tuple[State, str]:
-        """What the check ``name`` found; waits for it."""
+        """Wait for the check ``name``, and return what it found."""
         while name not in self._answers:
             left = max(0.0, self._end - time.monotonic())
             ready, _, _ = select.select([self._pipe], [], [], left)
@@ -92,7 +92,7 @@ class Worker:
 
 
 def died(code: int) -> str:
-    """What a process's code, negative for a signal, says of its end."""
+    """The end of a process in words, by its exit code, which is negative for a signal."""
     if code >= 0:
         return f"its process ended with code {code} and without an answer"
     why = ", which the system sends where memory is short" if code == -signal.SIGKILL else ""

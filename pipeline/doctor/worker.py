@@ -12,12 +12,12 @@ from functools import partial
 
 
 def main() -> None:
-    """Do the task that stands in stdin."""
+    """Do the task that is read from stdin."""
     task = json.load(sys.stdin)
     sys.path[:] = task["path"]
     pipe: int = task["pipe"]
     os.set_inheritable(pipe, False)
-    # more threads would only be in each other's way
+    # More threads would only be in each other's way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     base = {"torch": torch, "torchvision": torchvision, "timm": timm}
     for name, probe in base.items():
@@ -26,7 +26,7 @@ def main() -> None:
 
     from pathlib import Path
 
-    from pipeline.doctor import probes
+    from pipeline.doctor import mlflow_probes, probes
     from pipeline.doctor.parts import LANES
 
     folder = Path(task["folder"])
@@ -37,19 +37,19 @@ def main() -> None:
         "deepspeed": probes.deepspeed,
         "kernels": probes.kernels,
         "ffcv": probes.ffcv,
-        "mlflow": partial(probes.mlflow, folder),
+        "mlflow": partial(mlflow_probes.mlflow, folder),
     }
     lanes = [[(name, known[name]) for name in lane if name in task["names"]] for lane in LANES]
     if "mlflow" in task["names"]:
         addresses = task["tracking"].items()
-        lanes[-1] += [(name, partial(probes.tracking, name, uri)) for name, uri in addresses]
+        lanes[-1] += [(name, partial(mlflow_probes.tracking, name, uri)) for name, uri in addresses]
     children = [divide(partial(in_turn, pipe, lane, task["seconds"] / 2)) for lane in lanes]
     for child in children:
         os.waitpid(child, 0)
 
 
 def in_turn(pipe: int, lane: Sequence[tuple[str, Callable[[], str]]], seconds: float) -> None:
-    """Each check in a process of its own.
+    """Do each check in a process of its own, one after another.
 
     All but the last may take ``seconds``: one that hangs leaves time for the others.
     """
@@ -82,7 +82,7 @@ def divide(run: Callable[[], None]) -> int:
 
 
 def tell(pipe: int, name: str, probe: Callable[[], str]) -> bool:
-    """Send what ``probe`` finds; whether it was well."""
+    """Send what ``probe`` finds; return whether all was well."""
     try:
         answer = ("ok", probe())
     except Exception as error:
@@ -93,7 +93,7 @@ def tell(pipe: int, name: str, probe: Callable[[], str]) -> bool:
 
 
 def send(pipe: int, name: str, state: str, detail: str) -> None:
-    """One line, short enough for the kernel to keep those of several processes apart."""
+    """Write one line, short enough for the kernel to keep those of several processes apart."""
     os.write(pipe, json.dumps([name, state, detail[:400]]).encode() + b"\n")
 
 

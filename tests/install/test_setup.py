@@ -47,7 +47,8 @@ def run_setup(
 
 def refused(done: subprocess.CompletedProcess, *parts: str) -> None:
     assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.startswith("setup: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("setup: ")
+    assert done.stderr.count("\n") == 1
     assert all(part in done.stderr for part in parts), done.stderr
 
 

@@ -109,7 +109,8 @@ def test_a_job_whose_site_file_fails_says_so_and_ends(slurm):
     assert job.log.startswith(
         "coda: slurm/clusters/local.sh line 2 failed with code 1: module load cuda/99 ("
     )
-    assert job.log.count("\n") == 1 and not logs.exists()
+    assert job.log.count("\n") == 1
+    assert not logs.exists()
 
 
 APPTAINER = """#!/bin/sh
@@ -172,7 +173,9 @@ def ended_at_once(job):
     job.wait_for_end(90)
     assert (job.state, job.restarts) == ("FAILED", 0), job.reports()
     begin, end, line = (line for line in job.log.splitlines() if not line.startswith("srun: "))
-    assert "attempt 0 on" in begin and end.endswith(": mistake") and line.startswith("coda: ")
+    assert "attempt 0 on" in begin
+    assert end.endswith(": mistake")
+    assert line.startswith("coda: ")
     return line
 
 
@@ -193,11 +196,9 @@ def test_a_job_that_cannot_import_says_so_and_ends(slurm, python, tmp_path):
 def test_a_job_without_its_interpreter_says_so_and_ends(slurm, python):
     slurm.environment["CODA_PYTHON"] = "/opt/nowhere/python"
     line = ended_at_once(slurm.submit(*SMALL, "slurm/imagenet_coda.sh"))
-    assert (
-        "/opt/nowhere/python: No such file or directory" in line
-        and "CODA_PYTHON=" in line
-        and "python= in slurm/clusters/local.sh" in line
-    )
+    assert "/opt/nowhere/python: No such file or directory" in line
+    assert "CODA_PYTHON=" in line
+    assert "python= in slurm/clusters/local.sh" in line
 
 
 @pytest.mark.slurm

@@ -17,4 +17,5 @@ def test_killed_it_ends_as_if_nothing_had_happened(prepared, slurm, tmp_path):
         )
 
     table = campaign(slurm, recipe_of, ["SIGKILL of a process"], seed=0, disk=tmp_path)
-    assert len(table) == 1 and not late(table)
+    assert len(table) == 1
+    assert not late(table)

@@ -160,7 +160,8 @@ def test_other_jobs_say_how_they_ended(slurm, python, script):
         "recipes/tiny.yaml",
     )
     job.wait_for_end(60)
-    assert job.state == "FAILED" and job.log.endswith("ended with code 2\ncoda: what is wrong\n")
+    assert job.state == "FAILED"
+    assert job.log.endswith("ended with code 2\ncoda: what is wrong\n")
 
 
 @pytest.mark.slurm

@@ -64,7 +64,8 @@ def test_both_runs_are_found_selected_and_compared_with_charts_and_pictures(
     runs = find_runs([str(folder) for folder in two_runs], two_runs[0].parent)
     ((address, command),) = mlflow_views(runs)
     ids = {(folder / "run_id").read_text() for folder in two_runs}
-    assert address.startswith(team.uri) and command is None
+    assert address.startswith(team.uri)
+    assert command is None
     screenshots = tmp_path / "screenshots"
     screenshots.mkdir()
 

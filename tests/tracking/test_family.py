@@ -33,9 +33,11 @@ def test_parent_of_a_sweep_runs_while_a_child_does_and_ends_as_the_worst(store, 
     first = open_tracker(recipes["first"], tmp_path / "first", World())
     # both create the parent, if they are at once
     second = open_tracker(recipes["second"], tmp_path / "second", World())
-    assert first.flush() and second.flush()
+    assert first.flush()
+    assert second.flush()
     children, parent = sweep(client)
-    assert set(children) == {"first", "second"} and parent.info.status == "RUNNING"
+    assert set(children) == {"first", "second"}
+    assert parent.info.status == "RUNNING"
     first.close("KILLED")
     assert sweep(client)[1].info.status == "RUNNING"
     second.close()
@@ -105,9 +107,8 @@ def test_every_node_is_watched_by_one_process_and_goes_on_after_a_restart(
     used = mlflow_client(store).get_metric_history(
         run.info.run_id, "system/n1/system_memory_usage_percentage"
     )
-    assert sorted(row.step for row in used) == list(range(len(used))) and all(
-        0 < row.value < 100 for row in used
-    )
+    assert sorted(row.step for row in used) == list(range(len(used)))
+    assert all(0 < row.value < 100 for row in used)
     # an evaluation is not watched
     with tracker_of(recipe, folder, World()) as again:
         assert again.flush()
@@ -142,14 +143,14 @@ def test_sync_tells_the_dead_from_the_living_and_a_restart_is_alive_again(store,
         assert_store_equals_journal(store, folder, "RUNNING")
         child.send_signal(signal.SIGKILL)
     run_id, last = (folder / "run_id").read_text(), journal(folder, "metric")[-1]["timestamp"]
-    assert sync(folder) == 1 and sync(folder) == 0
+    assert sync(folder) == 1
+    assert sync(folder) == 0
     run = assert_store_equals_journal(store, folder, "KILLED")
-    assert (
-        run.info.end_time >= last
-        and run.info.end_time < os.stat(folder / "journal.offset").st_mtime * 1000
-    )
+    assert run.info.end_time >= last
+    assert run.info.end_time < os.stat(folder / "journal.offset").st_mtime * 1000
     tracker = open_tracker(recipe, folder, World())
-    assert tracker.flush() and client.get_run(run_id).info.status == "RUNNING"
+    assert tracker.flush()
+    assert client.get_run(run_id).info.status == "RUNNING"
     tracker.close()
     assert_store_equals_journal(store, folder)
 

@@ -39,15 +39,20 @@ def test_everything_arrives_exactly_once_in_the_default_store(empty_database, tm
         for layer in (0, 1):
             tracker.metrics({"interp/localisation_by_layer": 0.9 - layer / 10}, layer)
     run = assert_store_equals_journal(f"sqlite:///{tmp_path / 'mlflow.db'}", folder)
-    assert run.data.params["model.args.temperature"] == "64.0" and run.data.params["name"] == "run"
-    assert run.data.tags["job"] == "17" and run.data.tags["world_size"] == "1"
+    assert run.data.params["model.args.temperature"] == "64.0"
+    assert run.data.params["name"] == "run"
+    assert run.data.tags["job"] == "17"
+    assert run.data.tags["world_size"] == "1"
     assert {"host", "version/torch", "version/deepspeed", "version/mlflow"} <= set(run.data.tags)
     assert run.data.tags["nonfinite/train/loss"] == "nan at step 1344"
     assert run.data.tags["nonfinite/val/loss"] == "inf at step 1344"
-    assert "val/loss" not in run.data.metrics and run.data.metrics["val/top1"] == 0.5
-    assert len(tracker.history()) == 43 and tracker.history()["train/loss", 640] == 1 / 640
+    assert "val/loss" not in run.data.metrics
+    assert run.data.metrics["val/top1"] == 0.5
+    assert len(tracker.history()) == 43
+    assert tracker.history()["train/loss", 640] == 1 / 640
     assert tracker.run_id == run.info.run_id
-    assert not list(folder.glob("*.tmp")) and not list(folder.glob(".*"))
+    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.glob(".*"))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +92,8 @@ def test_unknown_metric_is_refused_before_anything_is_written(store, tmp_path, n
         pytest.raises(ValueError),
     ):
         tracker.metrics({"val/top1": 0.5, name: 1.0}, 1)
-    assert journal(folder, "metric") == [] and tracker.history() == {}
+    assert journal(folder, "metric") == []
+    assert tracker.history() == {}
 
 
 def test_other_ranks_leave_no_trace(tmp_path):
@@ -98,7 +104,9 @@ def test_other_ranks_leave_no_trace(tmp_path):
         tracker.tags({"a": "b"})
         tracker.artifact(folder / "recipe.yaml")
         tracker.sync_to_disk()
-        assert tracker.flush() and tracker.run_id is None and tracker.history() == {}
+        assert tracker.flush()
+        assert tracker.run_id is None
+        assert tracker.history() == {}
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "recipe.yaml"]
 
 
@@ -230,7 +238,8 @@ def test_parameter_that_changed_since_the_first_start_becomes_a_tag(store, tmp_p
     longer = replace(recipe, training=replace(recipe.training, epochs=9))
     open_tracker(longer, folder, World()).close("KILLED")
     run = assert_store_equals_journal(store, folder, "KILLED")
-    assert run.data.params["training.epochs"] == "2" and run.data.tags["training.epochs"] == "9"
+    assert run.data.params["training.epochs"] == "2"
+    assert run.data.tags["training.epochs"] == "9"
 
 
 def test_images_have_steps_and_are_there_once_even_when_sent_again(store, tmp_path):
@@ -288,9 +297,12 @@ def test_dead_server_costs_nothing_and_sync_brings_everything_later(store, tmp_p
         )
     trained = time.monotonic() - start
     tracker.close()
-    assert trained < 3 and time.monotonic() - start < 30
-    assert len(journal(folder, "metric")) == 3000 and tracker.run_id is None
-    assert "training goes on" in caplog.text and f"coda sync {folder}" in caplog.text
+    assert trained < 3
+    assert time.monotonic() - start < 30
+    assert len(journal(folder, "metric")) == 3000
+    assert tracker.run_id is None
+    assert "training goes on" in caplog.text
+    assert f"coda sync {folder}" in caplog.text
     with pytest.raises(UserError, match="sync again later"):
         sync(folder)
 
@@ -317,15 +329,14 @@ def test_silent_server_slows_neither_training_nor_its_end(tmp_path, monkeypatch)
         for step in range(1000):
             tracker.metrics({"train/loss": 1.0}, step)
         assert time.monotonic() - start < 1
-        assert not tracker.flush(0.5) and time.monotonic() - start < 3
+        assert not tracker.flush(0.5)
+        assert time.monotonic() - start < 3
         # as after the death of another process, which must end all of them within 15 s
         tracker.close("KILLED")
         assert time.monotonic() - start < 10
         connection.close()
-    assert (
-        len(journal(folder, "metric")) == 1000
-        and journal(folder, "status")[-1]["value"] == "KILLED"
-    )
+    assert len(journal(folder, "metric")) == 1000
+    assert journal(folder, "status")[-1]["value"] == "KILLED"
 
 
 def test_store_that_does_not_know_the_run_gets_the_whole_journal(store, empty_database, tmp_path):

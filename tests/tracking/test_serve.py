@@ -34,20 +34,16 @@ def test_one_machine_needs_no_options(tmp_path):
     assert (value(words, "--host"), value(words, "--port")) == ("127.0.0.1", "5000")
     assert environment["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
     assert value(words, "--artifacts-destination") == str(tmp_path / "runs" / "mlartifacts")
-    assert (
-        "--app-name" not in words
-        and "--allowed-hosts" not in words
-        and not (tmp_path / "runs" / "mlflow-auth").exists()
-    )
+    assert "--app-name" not in words
+    assert "--allowed-hosts" not in words
+    assert not (tmp_path / "runs" / "mlflow-auth").exists()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_the_security_middleware_stays_on(tmp_path, credentials, host):
     words, environment = command(Server(tmp_path, host, credentials=credentials))
-    assert (
-        not any("disable" in word for word in words)
-        and environment["MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE"] == "false"
-    )
+    assert not any("disable" in word for word in words)
+    assert environment["MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE"] == "false"
     assert "*" not in "".join(words)
 
 
@@ -74,9 +70,9 @@ def test_beyond_this_machine_it_has_a_password_and_answers_to_its_names(tmp_path
     ) == ("coda", "100% secret")
     assert not any("secret" in word for word in words), "everybody sees a process's arguments"
     key = environment["MLFLOW_FLASK_SERVER_SECRET_KEY"]
+    assert len(key) == 64
     assert (
-        len(key) == 64
-        and command(Server(tmp_path, "0.0.0.0", credentials=credentials))[1][
+        command(Server(tmp_path, "0.0.0.0", credentials=credentials))[1][
             "MLFLOW_FLASK_SERVER_SECRET_KEY"
         ]
         == key
@@ -124,11 +120,9 @@ def test_what_cannot_be_used_is_one_clear_line(tmp_path, capsys, monkeypatch):
     database = f"postgresql://coda:secret@127.0.0.1:{port}/mlflow"
     assert main(["serve", "--runs", str(tmp_path), "--backend-store-uri", database]) == 2
     said = capsys.readouterr().err
-    assert (
-        f"127.0.0.1:{port}/mlflow: cannot be opened: " in said
-        and "secret" not in said
-        and "Traceback" not in said
-    )
+    assert f"127.0.0.1:{port}/mlflow: cannot be opened: " in said
+    assert "secret" not in said
+    assert "Traceback" not in said
     monkeypatch.setattr(server, "find_spec", lambda name: None if name == "boto3" else name)
     with pytest.raises(UserError, match="module boto3: pip install 'boto3'"):
         command(Server(tmp_path, artifacts="s3://bucket/mlflow"))

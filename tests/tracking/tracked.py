@@ -42,10 +42,8 @@ def assert_store_equals_journal(uri: str, folder: Path, status: str = "FINISHED"
     experiments = [found.experiment_id for found in client.search_experiments()]
     (key,) = (line["value"] for line in journal(folder, "tag") if line["key"] == RUN_KEY_TAG)
     (run,) = client.search_runs(experiments, f"tags.`{RUN_KEY_TAG}` = '{key}'")
-    assert (
-        run.info.run_id == (folder / "run_id").read_text()
-        and run.info.experiment_id == (folder / "experiment_id").read_text()
-    )
+    assert run.info.run_id == (folder / "run_id").read_text()
+    assert run.info.experiment_id == (folder / "experiment_id").read_text()
     assert (run.info.run_name, run.info.status) == (folder.name, status)
     rows = Counter()
     for name in run.data.metrics:
