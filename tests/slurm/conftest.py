@@ -12,7 +12,7 @@ from local_slurm import MISSING, LocalSlurm
 def slurm():
     if MISSING:
         pytest.skip(f"{', '.join(MISSING)} not found: apt-get install slurm-wlm munge")
-    # pytest's own folders have names too long for sockets
+    # pytest's own folders have names that are too long for sockets.
     folder = Path(tempfile.mkdtemp(prefix="coda-"))
     with LocalSlurm(folder) as cluster:
         yield cluster

@@ -1,15 +1,14 @@
-"""The fault campaign: a training under Slurm is hit again and again, and must end as if nothing had
-happened.
+"""The fault campaign: a training job under Slurm is hit again and again.
 
-``python tests/slurm/faults.py [--events 60] [--seed 0]`` runs it as root (``make faults``) and
-prints its table. Every event strikes after the attempt has saved something new, at a random update,
-on a random process or node; "start-up" strikes before its first update.
+It must end as if nothing had happened. ``python tests/slurm/faults.py [--events 60] [--seed 0]``
+runs it as root (``make faults``) and prints its table. Every event strikes after the attempt has
+saved something new, at a random update, on a random process or node; "start-up" strikes before its
+first update.
 """
 
 import argparse
 import json
 import math
-import os
 import random
 import signal
 import subprocess
@@ -18,12 +17,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
 import yaml
-from local_slurm import Job, LocalSlurm
+from fault_events import EPOCHS_AN_EVALUATION, EVENTS, UPDATES_AN_EPOCH, Training
+from local_slurm import LocalSlurm
 from recipes_for_tests import small_recipe
 from tqdm import tqdm
 
@@ -31,237 +30,16 @@ from pipeline.data.prepare import prepare
 from pipeline.recipe.schema import Recipe
 
 ONE_PROCESS_A_NODE = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
-UPDATES_AN_EPOCH, EPOCHS_AN_EVALUATION = 11, 4
-# updates from one event to the next, at most
+# From one event to the next, at most.
 UPDATES_BETWEEN = 14
-# that a training does until an event has ended it, ample on average
-UPDATES_AN_EVENT, UPDATES_AT_A_TIME_LIMIT = 20, 240
-
-# for which a process waits for the other
+# Updates that a training run makes until an event has ended it, ample on average.
+UPDATES_AN_EVENT = 20
+UPDATES_AT_A_TIME_LIMIT = 240
+# For which a process waits for the other.
 TIMEOUT_SECONDS = 30
-
-
-@dataclass
-class Training:
-    """A training job, its processes and its run folder."""
-
-    slurm: LocalSlurm
-    recipe: Recipe
-    job: Job
-    random: random.Random
-    disk: Path
-    """Holds the run folder."""
-
-    @property
-    def saved(self) -> int:
-        found = (self.recipe.folder.path / "checkpoints").glob("update-*")
-        return max((int(path.name.removeprefix("update-")) for path in found), default=0)
-
-    def processes(self) -> dict[int, int]:
-        """Rank -> process id, of the processes that run now."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (folder / "cmdline").read_bytes().split(b"\0")
-                environment = dict(
-                    entry.partition("=")[::2]
-                    for entry in (folder / "environ").read_text().split("\0")
-                )
-                parent = Path(f"/proc/{_parent(int(folder.name))}/cmdline").read_bytes()
-            except (OSError, UnicodeDecodeError):
-                # gone, or none of ours
-                continue
-            ours = (
-                b"pipeline" in words
-                and environment.get("SLURM_JOB_ID") == self.job.number
-                and "SLURM_STEP_ID" in environment
-            )
-            # not a process of the process
-            if ours and b"slurmstepd" in parent:
-                found[int(environment["SLURM_PROCID"])] = int(folder.name)
-        return found
-
-    def one(self) -> int:
-        """Process id of a random rank."""
-        self.job.wait(lambda: len(self.processes()) == 2, "two processes")
-        return self.processes()[self.random.randrange(2)]
-
-    def wait_for_saving(self) -> None:
-        checkpoints = self.recipe.folder.path / "checkpoints"
-        self.job.wait(lambda: any(checkpoints.glob(".saving-*")), "a save", every=0.001)
-
-    def signal(self, name: str) -> None:
-        self.slurm.run("scancel", f"--signal={name}", self.job.number)
-
-
-def _parent(process: int) -> int:
-    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-# An event strikes, yields until the attempt is over, and repairs what a person or the machine's
-# owner would repair: nothing of the job.
-
-
-def kill_rank(training: Training) -> Iterator[None]:
-    os.kill(training.one(), signal.SIGKILL)
-    yield
-
-
-def interrupt_rank(training: Training) -> Iterator[None]:
-    """One process ends by itself with an exception; the others learn nothing of it but the loss of
-    their connection.
-    """
-    os.kill(training.one(), signal.SIGINT)
-    yield
-
-
-def kill_slurmstepd(training: Training) -> Iterator[None]:
-    """A process and Slurm's daemon over it; without that one alone, the process and its training
-    would simply go on.
-    """
-    process = training.one()
-    for number in (_parent(process), process):
-        os.kill(number, signal.SIGKILL)
-    yield
-
-
-def kill_node(training: Training) -> Iterator[None]:
-    """All of a node's processes at once, as when its power fails; it comes back when Slurm has
-    noticed.
-    """
-    node = f"n{training.random.randint(1, 2)}"
-    training.slurm.cluster("kill-node", node)
-    yield
-    training.job.wait(
-        lambda: "DOWN" in training.slurm.run("scontrol", "show", "node", node),
-        "a node that is down",
-    )
-    training.slurm.cluster("start-node", node)
-
-
-def cut_link(training: Training) -> Iterator[None]:
-    """The network of a node, until Slurm has given it up.
-
-    Slurm takes a node back at its first answer and starts the job there at once. Where the job's
-    script ran, it would find the old one, which could not report its end, drain the node and hold
-    the job: the node's owner restarts that node first.
-    """
-    node = f"n{training.random.randint(1, 2)}"
-    restarted = node == training.job.field("BatchHost")
-    training.slurm.cluster("cut", node)
-    try:
-        yield
-        training.job.wait(
-            lambda: "DOWN" in training.slurm.run("scontrol", "show", "node", node),
-            "a node that is down",
-        )
-        if restarted:
-            training.slurm.cluster("kill-node", node)
-    finally:
-        training.slurm.cluster("heal", node)
-    if restarted:
-        training.slurm.cluster("start-node", node)
-
-
-def stop_rank(training: Training) -> Iterator[None]:
-    """Both processes must say where they stood: the one that waits in vain at once, the stopped one
-    when Slurm wakes it to end it.
-    """
-    attempt = training.job.restarts
-    os.kill(training.one(), signal.SIGSTOP)
-    yield
-    for rank in range(2):
-        stacks = (
-            training.recipe.folder.path
-            / "stacks"
-            / f"slurm-{training.job.number}.{attempt}-rank-{rank}.txt"
-        )
-        assert "most recent call first" in stacks.read_text(), stacks
-
-
-def ask_by_usr1(training: Training) -> Iterator[None]:
-    training.signal("USR1")
-    yield
-
-
-def ask_by_term(training: Training) -> Iterator[None]:
-    training.signal("TERM")
-    yield
-
-
-def ask_during_save(training: Training) -> Iterator[None]:
-    process = training.one()
-    training.wait_for_saving()
-    os.kill(process, signal.SIGUSR1)
-    yield
-
-
-def ask_during_evaluation(training: Training) -> Iterator[None]:
-    """Right after the checkpoint of an epoch, which the evaluation follows."""
-    process, saved = training.one(), training.saved
-    every = UPDATES_AN_EPOCH * EPOCHS_AN_EVALUATION
-    training.job.wait(
-        lambda: training.saved > saved and not training.saved % every, "an evaluation", every=0.001
-    )
-    os.kill(process, signal.SIGUSR1)
-    yield
-
-
-def reach_time_limit(training: Training) -> Iterator[None]:
-    """Slurm itself asks, by the script's --signal=USR1@300."""
-    training.slurm.run("scontrol", "update", f"JobId={training.job.number}", "TimeLimit=5")
-    yield
-    training.slurm.run("scontrol", "update", f"JobId={training.job.number}", "TimeLimit=1440")
-
-
-def preempt(training: Training) -> Iterator[None]:
-    job = training.slurm.submit(
-        "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"
-    )
-    yield
-    job.wait_for_end()
-
-
-def kill_during_save(training: Training) -> Iterator[None]:
-    process = training.one()
-    training.wait_for_saving()
-    os.kill(process, signal.SIGKILL)
-    yield
-
-
-def fill_disk(training: Training) -> Iterator[None]:
-    filler = training.disk / "filler"
-    with filler.open("wb", buffering=0) as file:
-        for size in (1 << 16, 1 << 10, 1):
-            try:
-                while True:
-                    file.write(bytes(size))
-            except OSError:
-                continue
-    yield
-    filler.unlink()
-
-
-EVENTS: dict[str, Callable[[Training], Iterator[None]]] = {
-    "SIGKILL of a process": kill_rank,
-    "exception in a process": interrupt_rank,
-    "SIGKILL of slurmstepd": kill_slurmstepd,
-    "SIGKILL of a node": kill_node,
-    "link cut": cut_link,
-    "SIGSTOP of a process": stop_rank,
-    "USR1": ask_by_usr1,
-    "USR1 in start-up": ask_by_usr1,
-    "USR1 during a save": ask_during_save,
-    "USR1 in an evaluation": ask_during_evaluation,
-    "TERM": ask_by_term,
-    "time limit": reach_time_limit,
-    "preemption": preempt,
-    "SIGKILL during a save": kill_during_save,
-    "full disk": fill_disk,
-}
-# and so all jobs
+# Events that strike a node, and so all jobs.
 STRIKES_NODES = {"SIGKILL of a node", "link cut", "preemption"}
-# seconds
+# Seconds within which all processes have to end, for the events that kill one of them.
 ENDS_WITHIN = {
     "SIGKILL of a process": 15,
     "exception in a process": 15,
@@ -280,7 +58,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def start(slurm: LocalSlurm, recipe: Recipe, generator: random.Random, disk: Path) -> Training:
+def submit(slurm: LocalSlurm, recipe: Recipe, generator: random.Random, disk: Path) -> Training:
     path = slurm.submit_folder / f"{recipe.name}.yaml"
     path.write_text(yaml.safe_dump(recipe.to_dict()))
     slurm.environment["CODA_TIMEOUT_SECONDS"] = str(TIMEOUT_SECONDS)
@@ -289,8 +67,10 @@ def start(slurm: LocalSlurm, recipe: Recipe, generator: random.Random, disk: Pat
 
 
 def strike(training: Training, name: str) -> tuple[float, float]:
-    """Let one event happen; seconds from it to the end of all processes of the attempt, and to
-    those of the next.
+    """Let one event happen.
+
+    Returns:
+        Seconds from it to the end of all processes of the attempt, and to those of the next.
     """
     job, restarts = training.job, training.job.restarts
     if name.endswith("in start-up"):
@@ -323,7 +103,7 @@ def metrics(recipe: Recipe) -> list[tuple[str, int, float]]:
 
 
 def tracked(recipe: Recipe) -> list[tuple[str, int, float]]:
-    """The same of MLflow's one run of that name."""
+    """The same entries, of MLflow's one run of that name."""
     client = mlflow.MlflowClient(recipe.tracking_uri)
     experiment = client.get_experiment_by_name(recipe.tracking.experiment)
     (run,) = client.search_runs(
@@ -340,7 +120,7 @@ def tracked(recipe: Recipe) -> list[tuple[str, int, float]]:
 def campaign(
     slurm: LocalSlurm, recipe_of: Callable[..., Recipe], names: list[str], seed: int, disk: Path
 ) -> list[tuple[str, float, float]]:
-    """One training under the events ``names``, with its run on ``disk``, and one without.
+    """Train once under the events ``names``, with the run on ``disk``, and once without.
 
     Returns:
         (event, seconds to the end of the attempt, seconds to the next one) of each event.
@@ -362,7 +142,7 @@ def campaign(
             tracking__uri=f"sqlite:///{folder / name}.db",
         )
         recipe = recipe_of(name=name, runs=str(disk / "runs"), **changes)
-        return start(slurm, recipe, random.Random(seed), disk)
+        return submit(slurm, recipe, random.Random(seed), disk)
 
     whole = begin("whole", folder)
     if STRIKES_NODES & set(names):
@@ -372,7 +152,8 @@ def campaign(
         ended, resumed = strike(training, name)
         table.append((name, ended, resumed))
         tqdm.write(
-            f"{name}: ended after {ended:.1f} s, next attempt after {resumed:.0f} s, saved update {training.saved}"
+            f"{name}: ended after {ended:.1f} s, next attempt after {resumed:.0f} s, "
+            f"saved update {training.saved}"
         )
     for job in (whole.job, training.job):
         job.wait_for_end(1800)
@@ -395,7 +176,7 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    # stops the cluster, too
+    # So that the cluster is stopped, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     generator = random.Random(options.seed)
     names = [
@@ -419,15 +200,16 @@ def main() -> None:
         ):
             table = campaign(slurm, recipe_of, names[: options.events], options.seed, disk)
     print(
-        "| event | times | longest until all processes have ended, s | longest until those of the next attempt run, s |"
+        "| event | times | longest until all processes have ended, s "
+        "| longest until those of the next attempt run, s |"
     )
     print("|---|---|---|---|")
     for name in EVENTS:
         rows = [row for row in table if row[0] == name]
         if rows:
-            print(
-                f"| {name} | {len(rows)} | {max(row[1] for row in rows):.1f} | {max(row[2] for row in rows):.0f} |"
-            )
+            ended = max(row[1] for row in rows)
+            resumed = max(row[2] for row in rows)
+            print(f"| {name} | {len(rows)} | {ended:.1f} | {resumed:.0f} |")
     print(
         f"{len(table)} events: weights bitwise equal to the uninterrupted run's, every metric once"
     )

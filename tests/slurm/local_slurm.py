@@ -19,11 +19,14 @@ MISSING = [
 
 
 class LocalSlurm:
-    """The cluster in ``folder``, which must have a short path; ``with LocalSlurm(folder) as slurm``
-    starts and stops it.
+    """A cluster, which ``with LocalSlurm(folder) as slurm`` starts and stops.
 
-    Jobs are submitted from ``folder``/submit, which stands for the project's root. With
-    ``networks`` each node has its own, and cannot write in the folder ``read_only``.
+    Jobs are submitted from ``folder``/submit, which takes the place of the project's root.
+
+    Args:
+        folder: of the cluster; its path must be short.
+        networks: whether each node has a network of its own.
+        read_only: a folder in which such nodes cannot write.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class LocalSlurm:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # a test may have stopped it
+        # A test may have stopped it.
         if self.folder.exists():
             self.cluster("stop")
 
@@ -103,7 +106,7 @@ class Job:
         return path.read_text() if path.exists() else ""
 
     def reports(self) -> str:
-        """What all processes of all attempts have reported, for people."""
+        """The logs of the job and of all processes of all attempts, for people."""
         logs = sorted((self.slurm.submit_folder / "logs" / self.number).rglob("rank-*.log"))
         return self.log + "".join(
             f"--- {path}\n{path.read_text(errors='replace')[-3000:]}" for path in logs
@@ -116,7 +119,7 @@ class Job:
     def wait(
         self, reached: Callable[[], bool], what: str, seconds: float = 300, every: float = 0.5
     ) -> None:
-        """Until ``reached``; fails if that takes too long, or if the job is over before."""
+        """Wait until ``reached``; fail if that takes too long, or if the job is over before."""
         deadline = time.monotonic() + seconds
         checked = time.monotonic()
         while not reached():
@@ -141,7 +144,8 @@ class Job:
 
 
 PROGRAM = """#!/usr/bin/env python3
-# Stands where the interpreter stands: reports as a training does, so that the script is tested without one.
+# Takes the interpreter's place and reports as a training run does, so that the job script is tested
+# without one.
 import os, signal, sys, time
 if sys.argv[2].startswith("from pipeline"):  # the import before the processes
     sys.exit()
@@ -161,8 +165,13 @@ SMALL = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-ta
 
 
 def stand_in(slurm: LocalSlurm, program: str, *, fails_first: str = "", **values: object) -> None:
-    """Let jobs run PROGRAM; where it is called with the word ``fails_first``, its first attempt
-    dies.
+    """Let jobs run PROGRAM in place of the interpreter.
+
+    Args:
+        slurm: the cluster.
+        program: name of the file.
+        fails_first: a word; where PROGRAM is called with it, its first attempt dies.
+        **values: of PROGRAM's fields.
     """
     program_file = slurm.submit_folder / f"{program}.py"
     program_file.write_text(PROGRAM.format(fails_first=fails_first, **values))

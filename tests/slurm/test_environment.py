@@ -1,6 +1,4 @@
-"""What a job does where its site file, its interpreter or its environment is broken, and that it
-needs no home and no network.
-"""
+"""Jobs whose site file, interpreter or environment is broken; jobs without home and network."""
 
 import importlib
 import os
@@ -14,14 +12,21 @@ from pathlib import Path
 import pytest
 from local_slurm import MISSING, ROOT, SMALL, Job, LocalSlurm, common, stand_in
 
-READ = f"set -uo pipefail; source {ROOT}/slurm/common.sh; site=site.sh; read_site; echo read; echo $- $(set -o | grep pipefail)"
+READ_SITE = f"""
+set -uo pipefail
+source {ROOT}/slurm/common.sh
+site=site.sh
+read_site
+echo read
+echo $- $(set -o | grep pipefail)
+"""
 
 
 def read_site(folder, text):
     (folder / "nested.sh").write_text("false\ntrue\n")
     (folder / "site.sh").write_text(text)
     return subprocess.run(
-        ["bash", "-c", READ],
+        ["bash", "-c", READ_SITE],
         cwd=folder,
         env={"PATH": "/usr/bin:/bin"},
         capture_output=True,
@@ -44,7 +49,7 @@ def read_site(folder, text):
 def test_a_site_file_may_use_unset_variables_and_test_for_failures(tmp_path, text):
     done = read_site(tmp_path, text)
     assert (done.returncode, done.stderr) == (0, "")
-    # the options of the job script are back
+    # The options of the job script are back.
     assert re.fullmatch(r"read\n[^e ]*u[^e ]* pipefail\s+on\n", done.stdout)
 
 
@@ -143,7 +148,10 @@ def test_a_container_is_one_line_of_the_site_file(slurm, python, tmp_path, compl
         assert "started as train imagenet_coda_resnet50" in (logs / "rank-1.log").read_text()
     else:
         assert (job.state, job.restarts) == ("FAILED", 0)
-        said = "coda.sif /opt/coda/bin/python cannot be started: FATAL: /opt/coda/bin/python: no such file or directory (all of it: "
+        said = (
+            "coda.sif /opt/coda/bin/python cannot be started: "
+            "FATAL: /opt/coda/bin/python: no such file or directory (all of it: "
+        )
         assert said in job.log.splitlines()[-1]
 
 
@@ -185,10 +193,13 @@ def test_a_job_that_cannot_import_says_so_and_ends(slurm, python, tmp_path):
     job = slurm.submit(*SMALL, "slurm/imagenet_coda.sh")
     line = ended_at_once(job)
     log = Path("logs") / job.number / "0" / "import.log"
-    said = "cannot import what `coda train` needs: ImportError: libcudart.so.12: cannot open shared object file"
+    said = (
+        "cannot import what `coda train` needs: "
+        "ImportError: libcudart.so.12: cannot open shared object file"
+    )
     assert f"{said} (all of it: {log}); `make setup`" in line
     assert "Traceback" in (slurm.submit_folder / log).read_text()
-    # no process was started
+    # No process was started.
     assert not list((slurm.submit_folder / log).parent.glob("rank-*"))
 
 
@@ -215,9 +226,7 @@ def test_an_import_that_fails_on_another_node_is_not_tried_again(slurm, python, 
 
 @pytest.fixture(scope="module")
 def remote():
-    """A cluster whose nodes have a network that leads nowhere, and an empty home in which they
-    cannot write.
-    """
+    """A cluster whose nodes have a network that leads nowhere, and an empty, read-only home."""
     if (
         MISSING
         or os.geteuid() != 0
@@ -238,11 +247,19 @@ def test_nodes_need_no_home_and_no_network(remote):
     probe = "! touch ~/file && ! ip route get 192.0.2.1"
     remote.run("srun", *SMALL, "sh", "-c", probe)
     folder = remote.submit_folder
-    job = remote.submit(
-        *SMALL, "slurm/imagenet_coda.sh", "digits_coda_resnet20", "name=small", f"runs={folder}/runs", f"data.prepared={folder}/data",
-        "data.image_size=8", "model.name=coda_s", "model.args={rank: 2}", "training.epochs=1", "training.warmup_epochs=0",
-        "training.global_batch_size=128", "evaluation.final_metrics=[accuracy]",
-    )  # fmt: skip
+    changes = [
+        "name=small",
+        f"runs={folder}/runs",
+        f"data.prepared={folder}/data",
+        "data.image_size=8",
+        "model.name=coda_s",
+        "model.args={rank: 2}",
+        "training.epochs=1",
+        "training.warmup_epochs=0",
+        "training.global_batch_size=128",
+        "evaluation.final_metrics=[accuracy]",
+    ]
+    job = remote.submit(*SMALL, "slurm/imagenet_coda.sh", "digits_coda_resnet20", *changes)
     job.wait_for_end(500)
     assert (job.state, job.restarts) == ("COMPLETED", 0), job.reports()
     assert job.log.endswith("attempt 0 ended with code 0: done\n")
@@ -259,7 +276,5 @@ def test_an_interpreter_that_a_node_does_not_have_is_not_tried_again(remote, tmp
     remote.environment["CODA_PYTHON"] = str(place / "python")
     remote.run("nsenter", "--target", node, "--mount", "mount", "-t", "tmpfs", "tmpfs", str(place))
     line = ended_at_once(remote.submit(*SMALL, "slurm/imagenet_coda.sh"))
-    assert (
-        f"slurmstepd-n2: error: execve(): {place}/python: No such file or directory; name the interpreter by CODA_PYTHON="
-        in line
-    )
+    said = f"slurmstepd-n2: error: execve(): {place}/python: No such file or directory"
+    assert f"{said}; name the interpreter by CODA_PYTHON=" in line

@@ -1,4 +1,4 @@
-"""The job scripts: what they decide, by a table; what Slurm does with them, on a real cluster."""
+"""The job scripts: their decisions, by a table, and what Slurm does with them, on a cluster."""
 
 import re
 import shutil
@@ -11,8 +11,9 @@ SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 
 
 def attempts(folder, *events):
-    """Folders of attempts 0, 1, ... with what their first process has reported; "preempted" is the
-    script's own mark.
+    """Make the folders of attempts 0, 1, ... with the events that their first process reported.
+
+    The word "preempted" is the script's own mark.
     """
     for number, text in enumerate(events):
         (folder / str(number)).mkdir()
@@ -33,7 +34,7 @@ def attempts(folder, *events):
         (["saved 4", "resumed 4", "resumed 4, saved 9"], 0),
         (["saved 9", "preempted", "preempted", "preempted"], 0),
         (["saved 9", "preempted", "", "preempted", ""], 2),
-        # in the order of numbers, not of names
+        # In the order of numbers, not of names.
         ([""] * 10 + ["saved 2"] + [""], 1),
     ],
 )
@@ -47,15 +48,15 @@ def test_attempts_without_fruit_are_counted(tmp_path, events, count):
     [
         (0, "RUNNING", ["saved 9, finished 0"], "done"),
         (143, "RUNNING", ["", "", "", "finished 0"], "done"),
-        # what srun says when it has lost a slurmstepd
+        # srun's code when it has lost a slurmstepd.
         (0, "RUNNING", ["saved 9"], "requeue"),
         (85, "RUNNING", ["saved 9, stopped 0"], "requeue"),
-        # what srun says after a preemption
+        # srun's code after a preemption.
         (143, "RUNNING", ["saved 9, stopped 0"], "requeue"),
         (137, "RUNNING", ["saved 9"], "requeue"),
         (85, "COMPLETING", ["saved 9, stopped 0"], "cancelled"),
         (2, "RUNNING", [""], "mistake"),
-        # the other processes were terminated
+        # The other processes were terminated.
         (143, "RUNNING", ["resumed 3, mistake 0"], "mistake"),
         (126, "RUNNING", [""], "mistake"),
         (127, "RUNNING", ["saved 3"], "mistake"),
@@ -75,7 +76,7 @@ def test_verdicts(tmp_path, code, state, events, expected):
     [
         ("slurmstepd-n2: error: execve(): bin/py: No such file or directory", "mistake"),
         ("slurmstepd: error: execve(): /home/x/py: Permission denied", "mistake"),
-        # may be there again at the next attempt
+        # It may be there again at the next attempt.
         ("slurmstepd: error: execve(): /home/x/py: Stale file handle", "requeue"),
         ("/opt/python: No module named pipeline", "mistake"),
         ("KeyError: 'execve(): x: No such file or directory'", "requeue"),
@@ -144,7 +145,7 @@ def test_a_mistake_is_said_once_and_not_repeated(slurm, python):
     job = job_of(slurm, "mistaken", event="mistake 0\n", seconds=0, code=2)
     job.wait_for_end(60)
     assert (job.state, job.restarts) == ("FAILED", 0)
-    # above 2: the other was terminated
+    # A code above 2: the other process was terminated.
     assert re.search(r"ended with code (2|85|143): mistake\ncoda: what is wrong\n$", job.log)
 
 
@@ -178,7 +179,7 @@ def test_a_sweep_is_one_array_whose_elements_are_requeued_alone(slurm, python):
         ("COMPLETED", 0),
         ("COMPLETED", 1),
     ]
-    # Slurm gives one element, the last, the number of the whole array
+    # Slurm gives one element, the last, the number of the whole array.
     assert elements[1].field("JobId") == number
     for element, rank in zip(elements, (2, 3), strict=True):
         log = (
@@ -188,5 +189,8 @@ def test_a_sweep_is_one_array_whose_elements_are_requeued_alone(slurm, python):
             / str(element.restarts)
             / "rank-0.log"
         )
-        said = f"started as train recipes/tiny.yaml model.args.rank={rank} name=tiny-{rank} tracking.experiment=tiny-sweep"
+        said = (
+            f"started as train recipes/tiny.yaml model.args.rank={rank} name=tiny-{rank} "
+            "tracking.experiment=tiny-sweep"
+        )
         assert log.read_text().startswith(said)
