@@ -1,11 +1,11 @@
-"""What tracking costs a training step, whatever state MLflow is in: ``python -m
-benchmarks.tracking``.
+"""The cost of tracking in a training step, whatever state MLflow is in.
 
-Real updates of a hybrid on one thread, every tenth of which logs four values, as the recipes do,
-against the same updates that log to nowhere. A server that answers is the real one; the faulty ones
-stand before it. Blocks of updates alternate: nowhere, a state, nowhere, the next state, ... A block
-begins when the run's start has been delivered, or has failed to be. The ratio is a block's time
-over the mean of the two blocks to nowhere beside it: median over the rounds, and its range.
+``python -m benchmarks.tracking`` makes real updates of a hybrid on one thread, every tenth of which
+logs four values, as the recipes do, and compares them with the same updates that log to nowhere. A
+server that answers is the real one; the faulty ones are proxies before it. Blocks of updates
+alternate: nowhere, a state, nowhere, the next state, ... A block begins when the run's start has
+been delivered, or has failed to be. The ratio is a block's time over the mean of the two blocks to
+nowhere beside it: median over the rounds, and its range.
 """
 
 import argparse
@@ -21,13 +21,15 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-import mlflow  # noqa: F401  imported by the sender's thread otherwise, in the middle of a block
+# The sender's thread would otherwise import it in the middle of a block.
+import mlflow  # noqa: F401
 import timm
 import torch
 import yaml
 from tqdm import tqdm
 
-import pipeline  # noqa: F401  registers the models
+# Registers the models.
+import pipeline  # noqa: F401
 from pipeline.distributed import World
 from pipeline.recipe.load import from_dict
 from pipeline.recipe.schema import TrackingRecipe
@@ -68,7 +70,7 @@ def start_server(folder: Path, port: int) -> subprocess.Popen:
 
 
 def make_update(batch: int) -> Callable[[], float]:
-    """An optimiser update of a hybrid; returns its loss."""
+    """A function that makes an optimiser update of a hybrid and returns its loss."""
     torch.manual_seed(0)
     model = timm.create_model("coda_resnet20", num_classes=10)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
@@ -85,7 +87,7 @@ def make_update(batch: int) -> Callable[[], float]:
 
 
 def block(update: Callable[[], float], tracker: Tracker, updates: int) -> float:
-    """Seconds of ``updates``, logged as often as in a training."""
+    """Make ``updates``, logged as often as in a training run; returns the seconds."""
     start = time.perf_counter()
     for step in range(updates):
         loss = update()
@@ -124,7 +126,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    # so that nothing is left of a block when the next one begins
+    # So that nothing is left of a block when the next one begins.
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "2"
     with tempfile.TemporaryDirectory() as name:
         folder, port = Path(name), free_port()
@@ -146,7 +148,7 @@ def main() -> None:
             "SQLite file, locked": f"sqlite:///{folder / 'locked' / 'mlflow.db'}",
         }
         update = make_update(options.batch)
-        # warm
+        # The first block warms up, and is not counted.
         block(update, NullTracker(), options.updates)
         ratios: dict[str, list[float]] = {state: [] for state in states}
         alone: list[float] = []
@@ -154,10 +156,10 @@ def main() -> None:
             before = block(update, NullTracker(), options.updates)
             for index, (state, uri) in enumerate(states.items()):
                 tracker = tracker_to(uri, folder / "runs" / f"{number}-{index}")
-                # the start of a run is delivered, or the sender is in its trouble
+                # The start of a run is delivered, or the sender has met its fault.
                 tracker.flush(3)
                 seconds = block(update, tracker, options.updates)
-                # which waits for seconds only
+                # As KILLED it waits for MLflow for seconds only.
                 tracker.close("KILLED")
                 after = block(update, NullTracker(), options.updates)
                 ratios[state].append(2 * seconds / (before + after))
@@ -166,7 +168,8 @@ def main() -> None:
         server.terminate()
     milliseconds = 1e3 * statistics.median(alone) / options.updates
     print(
-        f"{milliseconds:.1f} ms per update to nowhere, {options.rounds} rounds of {options.updates} updates"
+        f"{milliseconds:.1f} ms per update to nowhere, "
+        f"{options.rounds} rounds of {options.updates} updates"
     )
     for state, found in ratios.items():
         print(f"{state:34}{statistics.median(found):7.3f}   ({min(found):.3f} to {max(found):.3f})")

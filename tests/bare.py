@@ -1,5 +1,6 @@
-"""A bare machine made of this one: a mount and network namespace without compilers, ninja, a
-writable home, or a way out.
+"""A bare machine made of this one.
+
+It is a mount and network namespace without compilers, ninja, a writable home, or a network.
 """
 
 import os
@@ -26,10 +27,13 @@ TOOLS = (
     "pkg-config",
     "nvcc",
 )
-# cc1 and the like
+# Folders that hold cc1 and other parts of compilers.
 COMPILERS = ("/usr/lib/gcc", "/usr/libexec/gcc")
 OF_FFCV = ("libopencv_*", "libturbojpeg*")
-LOOPBACK_UP = "import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh', b'lo', 0x41))"
+LOOPBACK_UP = """
+import fcntl, socket, struct
+fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh", b"lo", 0x41))
+"""
 SCRIPT = """set -e
 for file in $HIDDEN; do mount --bind /dev/null "$file"; done
 for folder in $EMPTIED; do mount -t tmpfs -o ro none "$folder"; done
@@ -40,8 +44,9 @@ exec "$@"
 
 
 def namespaces() -> list[str]:
-    """The words that start a command in namespaces of its own; none where this machine does not
-    allow that.
+    """The words that start a command in namespaces of its own.
+
+    There are none where this machine does not allow that.
     """
     for words in (
         ["unshare", "--mount", "--net"],
@@ -56,8 +61,13 @@ def namespaces() -> list[str]:
 def run(
     command: list[str], folder: Path, *, up: bool = True, **variables: str
 ) -> subprocess.CompletedProcess:
-    """``command`` on the bare machine, with ``folder``/home as an empty, read-only home unless
-    ``variables`` name another.
+    """Run a command on the bare machine.
+
+    Args:
+        command: its words.
+        folder: its home, empty and read-only, and its temporary folder are made in it.
+        up: whether the loopback interface works.
+        **variables: further environment variables, such as another HOME.
     """
     home, temporary = folder / "home", folder / "tmp"
     for path in (home, temporary):
@@ -66,18 +76,17 @@ def run(
     found = [
         path for place in places for pattern in TOOLS for path in Path(place).glob(pattern)
     ] + _libraries()
+    hidden = sorted({str(path.resolve()) for path in found if path.resolve().is_file()})
     environment = {
         **{name: os.environ[name] for name in ("PATH", "LANG", "PYTHONPATH") if name in os.environ},
-        "HIDDEN": " ".join(
-            sorted({str(path.resolve()) for path in found if path.resolve().is_file()})
-        ),
+        "HIDDEN": " ".join(hidden),
         "EMPTIED": " ".join([str(home), *filter(os.path.isdir, COMPILERS)]),
-        **{
-            "PYTHON": sys.executable,
-            "LOOPBACK_UP": LOOPBACK_UP if up else "",
-            "OMP_NUM_THREADS": "1",
-        },
-        **{"HOME": str(home), "TMPDIR": str(temporary), **variables},
+        "PYTHON": sys.executable,
+        "LOOPBACK_UP": LOOPBACK_UP if up else "",
+        "OMP_NUM_THREADS": "1",
+        "HOME": str(home),
+        "TMPDIR": str(temporary),
+        **variables,
     }
     words = [*namespaces(), "sh", "-c", SCRIPT, "sh", *command]
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=500)

@@ -1,14 +1,16 @@
-"""All that a training, an evaluation and a comparison may print: a line that fits no pattern here
-is noise, or is to be added.
+"""All that a training run, an evaluation and a comparison may print.
+
+A line that fits no pattern here is noise, or its pattern is to be added.
 """
 
 import re
 
-# a progress bar, drawn again and again, and the blanks that take it away
+# A progress bar, drawn again and again, and the blanks that take it away.
 BAR = r".*(\d+%\|.*\||\b\d+it \[).*"
 STDERR = (
     BAR,
-    r"loading needs [\d.]+ GB \(\d+ x [\d.]+\), and [\d.]+ GB of page cache; [\d.]+ GB are available",
+    r"loading needs [\d.]+ GB \(\d+ x [\d.]+\), and [\d.]+ GB of page cache; "
+    r"[\d.]+ GB are available",
     r"resumed \S+ at update \d+ of \d+",
     r"saved \S+/checkpoints/update-\d+: [\d.]+ [MG]B in [\d.]+ s",
     r"warning: pointing game: \d+ of \d+ grids of .*",
@@ -28,9 +30,7 @@ STDOUT = (
 
 
 def noise(text: str, patterns: tuple[str, ...]) -> list[str]:
-    """Lines of ``text`` that fit none of ``patterns``, and those that come twice although they are
-    no bar.
-    """
+    """Lines of ``text`` that fit none of ``patterns``, or come twice and are not a bar."""
     lines = [line for line in re.split(r"[\r\n]", text) if line.strip()]
     unknown = [
         line for line in lines if not any(re.fullmatch(pattern, line) for pattern in patterns)

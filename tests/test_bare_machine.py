@@ -1,6 +1,4 @@
-"""Training needs no compiler, no ninja, no home that can be written and no network, and says only
-what it should.
-"""
+"""Training needs no compiler, ninja, writable home or network, and prints only what it should."""
 
 import os
 import stat
@@ -30,7 +28,7 @@ TORCHRUN = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """With a small recipe for a run in it."""
+    """A folder with a small recipe for a run in it."""
     folder = tmp_path_factory.mktemp("bare")
     metrics = {
         "final_metrics": ["accuracy", "completeness", "alignment", "depth"],
@@ -43,7 +41,8 @@ def folder(tmp_path_factory):
 
 
 def test_the_machine_is_bare(folder):
-    tools = "for tool in ninja cc c++ gcc g++ as ld; do if command -v $tool; then exit 1; fi; done; ! touch $HOME/file"
+    tools = "for tool in ninja cc c++ gcc g++ as ld; do if command -v $tool; then exit 1; fi; done"
+    tools += "; ! touch $HOME/file"
     found = run(["sh", "-c", tools], folder)
     assert found.returncode == 0, found
     for code in (
@@ -70,7 +69,7 @@ def test_one_process_trains_to_the_end(folder):
     assert stat.S_IMODE(caches.stat().st_mode) == 0o700
     assert list(caches.glob("numba/*/*.nbi"))
     assert list(caches.glob("matplotlib/fontlist*"))
-    # nothing was compiled
+    # Nothing was compiled.
     assert not list(caches.glob("torch-extensions/*"))
 
 
@@ -104,8 +103,11 @@ def test_two_processes_train_to_the_end_without_a_home(folder):
     ]
     done = run(command, folder, HOME="/nonexistent")
     assert done.returncode == 0, done.stderr
-    # no network, no names
-    nameless = r"\[W\S+ .*socket.cpp:\d+\] \[c10d\] The hostname of the client socket cannot be retrieved. err=-\d+"
+    # Without a network there are no names.
+    nameless = (
+        r"\[W\S+ .*socket.cpp:\d+\] \[c10d\] "
+        r"The hostname of the client socket cannot be retrieved. err=-\d+"
+    )
     assert noise(done.stderr, (*STDERR, nameless)) == []
     assert noise(done.stdout, STDOUT) == []
     assert (folder / "runs" / "two" / "run_id").is_file()

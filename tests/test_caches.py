@@ -67,10 +67,11 @@ def _of_somebody_else(path: Path) -> None:
 def test_a_folder_that_others_could_fill_is_not_used(temporary, plant):
     planted = temporary / f"coda-{os.getuid()}"
     plant(planted)
-    # a command line of this name imports the package without the models
+    # A command line of this name imports the package without the models.
     program = temporary / "coda"
     program.write_text(
-        "from pipeline.caches import use_local_caches; import os; print(use_local_caches(), os.environ['NUMBA_CACHE_DIR'])"
+        "from pipeline.caches import use_local_caches; import os\n"
+        "print(use_local_caches(), os.environ['NUMBA_CACHE_DIR'])\n"
     )
     variables = {name: value for name, value in os.environ.items() if value} | {
         "TMPDIR": str(temporary),
@@ -83,7 +84,7 @@ def test_a_folder_that_others_could_fill_is_not_used(temporary, plant):
     assert Path(folder).parent == temporary
     assert folder != str(planted)
     assert numba == f"{folder}/numba"
-    # it goes with its process
+    # It goes with its process.
     assert not Path(folder).exists()
     assert planted.is_symlink() or planted.is_file() or not list(planted.iterdir())
 
@@ -98,7 +99,7 @@ def test_a_chosen_folder_that_is_unsafe_is_one_line(temporary, monkeypatch, plan
 
 
 def test_numba_keeps_what_it_compiles_there(temporary):
-    # numba first: it has looked for its folder already
+    # Numba is imported first, and has looked for its folder already.
     program = "import numba; from pipeline.data.ffcv_library import load_ffcv; load_ffcv(); print(numba.config.CACHE_DIR)"
     variables = {name: value for name, value in os.environ.items() if value} | {
         "CODA_CACHE": str(temporary / "mine")

@@ -1,4 +1,4 @@
-"""Which file system a folder lies on, from mount tables as real machines have them."""
+"""The file system on which a folder lies, from mount tables as real machines have them."""
 
 import pytest
 
@@ -32,7 +32,7 @@ def mounts(tmp_path, monkeypatch):
         ("/homework", "overlay", False),
         ("/home/me/runs", "nfs4", True),
         ("/home/local/runs", "ext4", False),
-        # the later of two mounts at one point hides the earlier
+        # The later of two mounts at one point hides the earlier.
         ("/scratch/me", "wekafs", True),
         ("/mnt/two words\\x/runs", "nfs", True),
         ("/mnt/ssh", "fuse.sshfs", True),
