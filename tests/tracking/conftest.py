@@ -1,6 +1,4 @@
-"""Stores for the tests of tracking: SQLite files, and one server as a team has it, for all tests
-together.
-"""
+"""Stores for the tests of tracking: SQLite files, and one server as a team has it, for all."""
 
 import os
 import shutil
@@ -40,15 +38,13 @@ def store(empty_database, tmp_path):
 
 @pytest.fixture(scope="session")
 def postgresql():
-    """URI of an empty database of a real PostgreSQL, None where Debian's package is missing."""
+    """URI of an empty database of a real PostgreSQL; None where Debian's package is missing."""
     if not POSTGRESQL:
         yield None
         return
-    folder, port, programs = (
-        Path(tempfile.mkdtemp(prefix="coda-postgresql-")),
-        free_port(),
-        POSTGRESQL[-1],
-    )
+    folder = Path(tempfile.mkdtemp(prefix="coda-postgresql-"))
+    port = free_port()
+    programs = POSTGRESQL[-1]
     as_user = (
         ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
         if os.getuid() == 0
@@ -76,8 +72,9 @@ def postgresql():
 
 
 class TeamServer:
-    """`coda serve` for a team: PostgreSQL where there is one, a folder of artifacts, a password,
-    reachable from other machines.
+    """`coda serve` for a team: reachable from other machines, with a password.
+
+    It has a folder of artifacts and, where there is one, PostgreSQL.
     """
 
     def __init__(self, folder: Path, database: str | None):
@@ -114,9 +111,9 @@ class TeamServer:
                 urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
                 return
             except OSError:
-                assert self.process.poll() is None and time.monotonic() < deadline, (
-                    self.folder / "server.log"
-                ).read_text()[-2000:]
+                log_end = (self.folder / "server.log").read_text()[-2000:]
+                assert self.process.poll() is None, log_end
+                assert time.monotonic() < deadline, log_end
                 time.sleep(0.2)
 
     def kill(self) -> None:
@@ -138,11 +135,12 @@ def team(tmp_path_factory, postgresql):
 
 @pytest.fixture(scope="session")
 def two_runs(team, prepared, tmp_path_factory):
-    """Folders of a hybrid and the plain network it came from, trained at the same time against one
-    server, as one sweep.
+    """Folders of the runs of a hybrid and of the plain network it came from.
+
+    They were trained at the same time against one server, as one sweep.
     """
     folder, processes, folders = tmp_path_factory.mktemp("two"), [], []
-    # after a few updates, so that there are grids
+    # Confident after a few updates, so that there are grids.
     confident = {"temperature": 1.0, "logit_bias": 1.0}
     evaluation = {
         "metrics": ["accuracy", "completeness"],

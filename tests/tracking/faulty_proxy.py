@@ -5,19 +5,23 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-# answers 500 (nothing forwarded), never answers, forwards at once but answers after `LATE` seconds
+# It answers 500 and forwards nothing; never answers; forwards at once, but answers late.
 FAULTS = ("error", "silent", "late")
-LATE = 4.0
+LATE_SECONDS = 4.0
 
 
 class FaultyProxy:
-    """Listens on ``port`` and forwards to the server on ``target``; ``fault`` can be changed at any
-    time.
+    """Listens at ``uri`` and forwards to a server of this machine.
+
+    Args:
+        target: port of the server.
+        fault: one of FAULTS, or None; the attribute can be changed at any time.
     """
 
     def __init__(self, target: int, fault: str | None = None):
-        # (fault, path) of each request
-        self.fault, self.seen = fault, []
+        self.fault = fault
+        # (fault, path) of each request.
+        self.seen = []
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -36,7 +40,7 @@ class FaultyProxy:
                     (500, "text/plain", b"broken") if fault == "error" else self.forward(body)
                 )
                 if fault == "late":
-                    time.sleep(LATE)
+                    time.sleep(LATE_SECONDS)
                 try:
                     self.send_response(status)
                     self.send_header("Content-Type", kind)
@@ -44,7 +48,7 @@ class FaultyProxy:
                     self.end_headers()
                     self.wfile.write(content)
                 except OSError:
-                    # the client has given up
+                    # The client has given up.
                     self.close_connection = True
 
             def forward(self, body):
@@ -64,7 +68,8 @@ class FaultyProxy:
                     content,
                 )
 
-            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
+            # The names by which the base class looks for them.
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer  # noqa: N815
 
             def log_message(self, *_):
                 pass

@@ -1,4 +1,4 @@
-"""Sweeps, data sets, nodes and deaths: what MLflow shows around the metrics of a run."""
+"""Sweeps, data sets, nodes and deaths: the surroundings of a run's metrics in MLflow."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def test_parent_of_a_sweep_runs_while_a_child_does_and_ends_as_the_worst(store, 
     for name in ("first", "second"):
         recipes[name] = make_recipe(tmp_path / name, store, experiment="sweep", parent="rates")
     first = open_tracker(recipes["first"], tmp_path / "first", World())
-    # both create the parent, if they are at once
+    # Both create the parent if they start at the same time.
     second = open_tracker(recipes["second"], tmp_path / "second", World())
     assert first.flush()
     assert second.flush()
@@ -42,7 +42,7 @@ def test_parent_of_a_sweep_runs_while_a_child_does_and_ends_as_the_worst(store, 
     assert sweep(client)[1].info.status == "RUNNING"
     second.close()
     assert sweep(client)[1].info.status == "KILLED"
-    # requeued
+    # The first is requeued.
     open_tracker(recipes["first"], tmp_path / "first", World()).close()
     children, parent = sweep(client)
     assert {run.info.status for run in (*children.values(), parent)} == {"FINISHED"}
@@ -64,7 +64,7 @@ def test_data_sets_are_inputs_and_there_once(store, tmp_path):
             tracker.dataset(
                 "validation", "digits-val", tmp_path / "val.beton", "fedcba9876543210", samples=360
             )
-    # as if no acknowledgement had arrived
+    # As if no acknowledgement had arrived.
     (folder / "journal.offset").write_text("0")
     sync(folder)
     inputs = assert_store_equals_journal(store, folder).inputs.dataset_inputs
@@ -98,7 +98,7 @@ def test_every_node_is_watched_by_one_process_and_goes_on_after_a_restart(
             time.sleep(0.05)
         for tracker in reversed(trackers):
             tracker.close()
-    # among others: no step twice
+    # This also finds steps that are there twice.
     run = assert_store_equals_journal(store, folder)
     assert {name.split("/")[1] for name in run.data.metrics if name.startswith("system/")} == {
         "n1",
@@ -109,7 +109,7 @@ def test_every_node_is_watched_by_one_process_and_goes_on_after_a_restart(
     )
     assert sorted(row.step for row in used) == list(range(len(used)))
     assert all(0 < row.value < 100 for row in used)
-    # an evaluation is not watched
+    # An evaluation is not watched.
     with tracker_of(recipe, folder, World()) as again:
         assert again.flush()
     assert sorted(path.name for path in folder.glob("system-*.jsonl")) == [

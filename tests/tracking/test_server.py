@@ -1,5 +1,7 @@
-"""A real `coda serve` with real PostgreSQL: killed, slow, silent and broken; from several trainings
-at once; and only for those who may.
+"""A real `coda serve` with a real PostgreSQL.
+
+It is killed, slow, silent and broken, used by several training runs at once, and only by those who
+may use it.
 """
 
 import shutil
@@ -37,7 +39,7 @@ def catch_up(tracker) -> None:
 def test_broken_silent_and_late_server_costs_nothing_loses_nothing_and_doubles_nothing(
     team, tmp_path, monkeypatch
 ):
-    # less than a late answer takes: what is done looks as if it had failed
+    # Less than a late answer takes: what is done looks as if it had failed.
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     proxy, folder = FaultyProxy(team.port, "late"), tmp_path / "run"
     try:
@@ -65,7 +67,7 @@ def test_server_killed_in_the_middle_and_started_again(team, tmp_path):
     tracker = open_tracker(make_recipe(folder, team.uri, experiment="kills"), folder, World())
     catch_up(tracker)
     step = 0
-    # while the sender is at work
+    # The sender is at work meanwhile.
     while step < 6000:
         assert note(tracker, step, step + 100) < 1
         step += 100
@@ -79,7 +81,7 @@ def test_server_killed_in_the_middle_and_started_again(team, tmp_path):
     assert_store_equals_journal(team.uri, folder)
 
 
-def test_two_trainings_at_once_are_two_whole_runs_of_one_sweep(team, two_runs):
+def test_two_training_runs_at_once_are_two_whole_runs_of_one_sweep(team, two_runs):
     runs = [assert_store_equals_journal(team.uri, folder) for folder in two_runs]
     client = mlflow_client(team.uri)
     (parent,) = client.search_runs(
@@ -110,7 +112,7 @@ def test_two_trainings_at_once_are_two_whole_runs_of_one_sweep(team, two_runs):
     assert {run.info.run_id for run in runs} <= versions
 
 
-def test_the_trainings_were_at_once_on_postgresql(team, two_runs):
+def test_the_training_runs_were_at_once_on_postgresql(team, two_runs):
     if not team.on_postgresql:
         pytest.skip("needs PostgreSQL: apt-get install postgresql")
     starts, ends = zip(
@@ -135,7 +137,7 @@ def test_sync_of_folders_that_were_copied_to_another_machine(team, store, tmp_pa
     here = tmp_path / "laptop"
     shutil.copytree(tmp_path / "cluster", here)
     shutil.rmtree(tmp_path / "cluster")
-    # the server that the recipes name is not reachable from here
+    # The server that the recipes name is not reachable from here.
     assert main(["sync", str(here)]) == 2
     assert "sync again later" in capsys.readouterr().err
     assert main(["sync", str(here), f"tracking.uri={team.uri}"]) == 0

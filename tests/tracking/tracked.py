@@ -1,6 +1,4 @@
-"""What the tests of tracking share: a run's recipe, its journal, and the comparison of MLflow with
-it.
-"""
+"""Helpers of the tests of tracking: a run's recipe, its journal, and MLflow compared with it."""
 
 import json
 import socket
@@ -32,6 +30,7 @@ def make_recipe(folder: Path, uri: str | None, **tracking) -> Recipe:
 
 
 def journal(folder: Path, kind: str, name: str = "journal.jsonl") -> list[dict]:
+    """The records of one kind in a journal."""
     lines = (folder / name).read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
@@ -60,7 +59,7 @@ def assert_store_equals_journal(uri: str, folder: Path, status: str = "FINISHED"
         (line["key"], line["step"], line["value"], line["timestamp"]) for line in lines
     )
     assert len({(name, step) for name, step, *_ in rows}) == rows.total(), (
-        "a step stands twice in the history"
+        "a step is twice in the history"
     )
     assert run.data.params == {line["key"]: line["value"] for line in journal(folder, "param")}
     tags = {key: text for key, text in run.data.tags.items() if not key.startswith("mlflow.")}
