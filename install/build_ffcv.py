@@ -21,47 +21,21 @@ import tarfile
 import tempfile
 import time
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
+from ffcv_parts import COMMON, CORE, IMGPROC, JPEG, NEEDED_FILES, OPENCV, YASM
+
 HERE = Path(__file__).resolve().parent
+# Processor -> Zig's target.
 TARGETS = {"x86_64": "x86_64-linux-gnu.2.17", "aarch64": "aarch64-linux-gnu.2.17"}
-# pkg-config's names
+# pkg-config's names.
 LIBRARIES = ("opencv4", "libturbojpeg")
-# of each source archive: how the names of what is unpacked begin
-NEEDED = {
-    "ffcv": "ffcv/ libffcv/ ffcv.egg-info/requires.txt LICENSE PKG-INFO".split(),
-    "simplejpeg": ["lib/"],
-    "opencv-python-headless": [
-        *(f"opencv/{name}" for name in "CMakeLists.txt LICENSE cmake/ include/ data/".split()),
-        *(f"opencv/modules/{name}" for name in "core/ imgproc/ world/ CMakeLists.txt".split()),
-        *(f"opencv/{name}/CMakeLists.txt" for name in "samples apps doc".split()),
-        *("opencv/3rdparty/zlib/", "opencv/platforms/"),
-    ],
-}
-COMMON = ["-G", "Ninja", "-Wno-dev", "-DCMAKE_BUILD_TYPE=Release"]
-COMMON += ["-DCMAKE_POSITION_INDEPENDENT_CODE=ON"]
-# Nothing is linked while CMake looks around: Zig would first compile all of the C++ library for it.
-COMMON += ["-DCMAKE_TRY_COMPILE_TARGET_TYPE=STATIC_LIBRARY"]
-YASM = ["-DBUILD_SHARED_LIBS=OFF", "-DYASM_BUILD_TESTS=OFF"]
-JPEG = ["-DENABLE_SHARED=OFF", "-DREQUIRE_SIMD=ON"]
-# No threads of OpenCV's: FFCV resizes one image in each of its own. No code by processor type
-# (CPU_DISPATCH): the mean of an area gains nothing from it.
-WITHOUT = "IPP OPENCL ITT LAPACK EIGEN ADE QUIRC PROTOBUF PTHREADS_PF".split()
-WITHOUT += "JASPER JPEG OPENEXR OPENJPEG PNG TIFF WEBP".split()
-OFF = "BUILD_SHARED_LIBS BUILD_TESTS BUILD_PERF_TESTS BUILD_opencv_apps CV_TRACE".split()
-OPENCV = ["-DBUILD_LIST=core,imgproc", "-DBUILD_ZLIB=ON", "-DCPU_DISPATCH="]
-OPENCV += [*(f"-DWITH_{name}=OFF" for name in WITHOUT), *(f"-D{name}=OFF" for name in OFF)]
-# The files of OpenCV 4.6.0 from which cv::resize is linked: a seventh of its two modules.
-CORE = "alloc buffer_area check convert.dispatch convert_scale.dispatch copy glob logger".split()
-CORE += "matrix matrix_iterator matrix_wrap parallel parallel/parallel rand softfloat".split()
-CORE += "system trace umatrix utils/datafile utils/filesystem".split()
-CORE += "utils/logtagconfigparser utils/logtagmanager".split()
 MODULES = ("core", "imgproc")
 ARCHIVERS = ("ar", "ranlib")
-IMGPROC = {"x86_64": ["resize", "resize.sse4_1"], "aarch64": ["resize"]}
 
 
-class Failure(Exception):
+class BuildError(Exception):
     """A step that did not work, in words for the user."""
 
 
@@ -78,13 +52,13 @@ def main() -> int:
     for found in options.folder.glob(f"ffcv-*-{tag}.whl"):
         print(found)
         return 0
-    # so that the temporary folder goes when set-up is interrupted
+    # So that the temporary folder is removed when set-up is interrupted.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with tempfile.TemporaryDirectory(prefix="coda-ffcv-") as folder:
             print(Build(Path(folder), system).wheel(tag, options.folder))
-    except Failure as failure:
-        print(f"build_ffcv: {failure}", file=sys.stderr)
+    except BuildError as error:
+        print(f"build_ffcv: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -107,7 +81,7 @@ class Build:
         }
 
     def wheel(self, tag: str, destination: Path) -> Path:
-        """Everything, from the download on; returns the wheel's path in ``destination``."""
+        """Do everything, from the download on; returns the wheel's path in ``destination``."""
         self.download_tools()
         self.download_sources()
         content, out = self.folder / "wheel", self.folder / "out"
@@ -128,7 +102,7 @@ class Build:
         return part.rename(destination / made.name)
 
     def download_tools(self) -> None:
-        """CMake, Ninja and Zig in an environment of their own."""
+        """Install CMake, Ninja and Zig in an environment of their own."""
         venv.create(self.folder / "tools", with_pip=False, symlinks=True)
         wanted = ["wheel", "-c"] if self.system else ["-r"]
         words = ["--python", self.python, "install", *wanted, HERE / "ffcv_tools.txt"]
@@ -147,10 +121,10 @@ class Build:
         self.environment["CXX"] = str(self.programs / "zig-c++")
 
     def zig(self, name: str) -> list[object]:
-        """Words that call one of Zig's programs: cc and c++ for the target, ar, ranlib."""
+        """The words that call one of Zig's programs: cc and c++ for the target, ar, ranlib."""
         words: list[object] = [self.python, "-m", "ziglang", name]
         if name in ("cc", "c++"):
-            # yasm states the date on which it was compiled
+            # yasm states the date on which it was compiled.
             words += ["-target", TARGETS[platform.machine()], "-Wno-error=date-time"]
         return words
 
@@ -171,13 +145,13 @@ class Build:
                 for member in archive:
                     inside = member.name.partition("/")[2]
                     content = archive.extractfile(member)
-                    if content and inside.startswith(tuple(NEEDED[name])):
+                    if content and inside.startswith(tuple(NEEDED_FILES[name])):
                         target = self.folder / name / inside
                         target.parent.mkdir(parents=True, exist_ok=True)
                         target.write_bytes(content.read())
 
     def library_source(self) -> Path:
-        """FFCV's C++ file without the empty Python module around it, and with fewer headers."""
+        """Strip FFCV's C++ file of the empty Python module around it and of most headers."""
         path = self.ffcv / "libffcv" / "libffcv.cpp"
         needed = "#include <opencv2/core.hpp>\n#include <opencv2/imgproc.hpp>\n"
         replace(path, ("#include <Python.h>\n", ""), ("#include <opencv2/opencv.hpp>\n", needed))
@@ -206,13 +180,17 @@ class Build:
         self.run("linking", words)
 
     def compile_opencv(self, settings: list[str]) -> tuple[Path, list[Path]]:
-        """The needed files of OpenCV: the build folder, with headers made there, and objects."""
+        """Compile the needed files of OpenCV.
+
+        Returns:
+            The build folder, in which headers were made, and the objects.
+        """
         core, imgproc = (f"modules/{name}/CMakeFiles/opencv_{name}.dir/src" for name in MODULES)
         of_core = [f"{core}/{name}.cpp.o" for name in CORE]
         of_imgproc = [f"{imgproc}/{name}.cpp.o" for name in IMGPROC[platform.machine()]]
         build = self.cmake("opencv", self.opencv, of_core, [*OPENCV, *settings])
-        # Ninja would compile all of the core before these, and make this header, of which no more
-        # is left without OpenCL.
+        # Ninja would compile all of the core before these files, and make this header, of which
+        # only one line is left without OpenCL.
         header = build / "modules" / "imgproc" / "opencl_kernels_imgproc.hpp"
         header.parent.mkdir(parents=True, exist_ok=True)
         header.write_text('#include "opencv2/core/opencl/ocl_defs.hpp"\n')
@@ -233,13 +211,13 @@ class Build:
         self.run("linking", words)
 
     def pkg_config(self, question: str) -> list[str]:
-        """Its answers for both libraries, each once."""
+        """Ask pkg-config about both libraries; returns its words, each once."""
         asked = (["pkg-config", question, name] for name in LIBRARIES)
         answers = [self.run("looking for libraries", words) for words in asked]
         return list(dict.fromkeys(shlex.split(" ".join(answers))))
 
     def describe(self, content: Path, tag: str) -> None:
-        """FFCV's metadata, with OpenCV's headless build for the other, and all licences."""
+        """Write FFCV's metadata, with OpenCV's headless build as requirement, and all licences."""
         head, _, text = (self.ffcv / "PKG-INFO").read_text(encoding="utf-8").partition("\n\n")
         version = next(line.split()[1] for line in head.splitlines() if line.startswith("Version:"))
         for name in (self.ffcv / "ffcv.egg-info" / "requires.txt").read_text().split():
@@ -267,33 +245,34 @@ class Build:
         self.run(f"compiling {name}", ["ninja", "-C", build, *goals])
         return build
 
-    def pip(self, what: str, words: list, **environment: str) -> None:
-        """The pip beside this interpreter, as the user has configured it."""
+    def pip(self, what: str, words: Sequence[object], **environment: str) -> None:
+        """Run the pip beside this interpreter, as the user has configured it."""
         environment["HOME"] = os.environ.get("HOME", "/")
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
         self.run(what, [*pip, *words], **environment)
 
-    def run(self, what: str, words: list, **environment: str) -> str:
-        """Standard output of a command, announced as ``what``."""
+    def run(self, what: str, words: Sequence[object], **environment: str) -> str:
+        """Announce a command as ``what`` and run it; returns its standard output."""
         print(f"{time.monotonic() - self.start:6.0f} s  {what}", file=sys.stderr, flush=True)
-        command, variables = list(map(str, words)), {**self.environment, **environment}
+        command = [str(word) for word in words]
+        variables = {**self.environment, **environment}
         try:
             done = subprocess.run(command, env=variables, capture_output=True, text=True)
         except FileNotFoundError as error:
-            raise Failure(f"{what}: {command[0]} is not there") from error
+            raise BuildError(f"{what}: {command[0]} is not there") from error
         if done.returncode:
             tail = "\n".join((done.stdout + done.stderr).splitlines()[-25:])
-            raise Failure(f"{what} failed with code {done.returncode}:\n{tail}")
+            raise BuildError(f"{what} failed with code {done.returncode}:\n{tail}")
         return done.stdout
 
 
 def replace(path: Path, *changes: tuple[str, str]) -> None:
-    """Change each text, which must stand in the file once."""
+    """Change each text, which must be in the file once."""
     text = path.read_text()
     for old, new in changes:
         if (count := text.count(old)) != 1:
-            found = f"{old!r} stands in it {count} times"
-            raise Failure(f"{path.name} of this release is not as expected: {found}")
+            found = f"{old!r} is in it {count} times"
+            raise BuildError(f"{path.name} of this release is not as expected: {found}")
         text = text.replace(old, new)
     path.write_text(text)
 

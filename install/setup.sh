@@ -84,7 +84,7 @@ need_libraries() {
 
 # What the environment was made from; when that changes, pip looks again.
 state() { cat pyproject.toml constraints.txt "$here"/*.sh "$here"/*.py "$here"/*.txt; }
-ffcv_state() { cat "$here"/build_ffcv.py "$here"/ffcv_*.txt; }
+ffcv_state() { cat "$here"/build_ffcv.py "$here"/ffcv_*; }
 
 # An environment that this script made, here, and whose interpreter still runs.
 works() {

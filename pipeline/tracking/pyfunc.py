@@ -5,9 +5,9 @@ MLflow keeps this file with the model. The environment that loads it needs this 
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
@@ -26,14 +26,15 @@ class ExplainedClassifier(PythonModel):
     def predict(
         self,
         context: PythonModelContext,
-        model_input: npt.NDArray[np.float32],
-        params: dict[str, bool] | None = None,
-    ) -> dict[str, npt.NDArray[np.float32]]:
+        # MLflow reads this hint, and warns of any that is more precise.
+        model_input: np.ndarray,
+        params: dict[str, Any] | None = None,
+    ) -> dict[str, np.ndarray]:
         """Classify images, and explain the most probable class of each.
 
         Args:
             context: unused; ``load_context`` has read it.
-            model_input: RGB images (B, 3, H, W) in [0, 1].
+            model_input: RGB images (B, 3, H, W) in [0, 1], float32.
             params: with ``explain`` true, the contributions are computed.
 
         Returns:

@@ -1,6 +1,6 @@
 """FFCV's library as set-up builds it.
 
-It needs nothing of the system, and decodes and resizes to the bytes of the one it replaces.
+It needs nothing of the system, and its images are, byte for byte, those of the one it replaces.
 """
 
 import ctypes
@@ -146,4 +146,6 @@ def test_systems_libraries_serve_where_they_are(tmp_path):
     assert "Requires-Dist: opencv-python-headless" in metadata
     assert all(digest(decode(library, *call)) == expected for call, expected in DECODED.items())
     again = subprocess.run(command, capture_output=True, text=True)
-    assert (again.stdout, again.stderr) == (done.stdout, ""), "a wheel that is there is built again"
+    assert (again.stdout, again.stderr) == (done.stdout, ""), (
+        "a wheel that was there was built again"
+    )

@@ -1,6 +1,6 @@
-"""install/: what set-up says where it cannot work, and that it asks what is there.
+"""Set-up (install/): its messages where it cannot work; what it finds and leaves alone.
 
-A whole set-up is `make fresh`.
+A whole set-up is tested by `make fresh`.
 """
 
 import os
@@ -17,8 +17,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "install"))
 
-# all that set-up may need of the system before it has an environment
-TOOLS = "sh dirname awk df cat cksum grep id rm touch tail env sed uname mkdir".split()
+# All that set-up may need of the system before it has an environment.
+TOOLS = (
+    *("sh", "dirname", "awk", "df", "cat", "cksum", "grep", "id", "rm", "touch", "tail", "env"),
+    *("sed", "uname", "mkdir"),
+)
 
 
 def run_setup(
@@ -64,7 +67,7 @@ def test_older_python_is_passed_over(tmp_path):
     refused(run_setup(tmp_path, programs={"python3": older}), "Python 3.11 or newer")
     full = "echo Filesystem; echo 'disk 1 1 1000 1% /'"
     done = run_setup(tmp_path, programs={"python3": older, "python3.12": PYTHON, "df": full})
-    # it went on with the other one
+    # It went on with the other one.
     refused(done, "GB free")
 
 
@@ -77,7 +80,7 @@ def test_python_without_venv(tmp_path):
     without = f'case "$2" in "import venv, ensurepip") exit 1 ;; esac; {PYTHON}'
     version = f"python{sys.version_info.major}.{sys.version_info.minor}-venv"
     refused(run_setup(tmp_path, programs={"python3": without}), "has no venv", version)
-    # apt-get is there, but this user is neither root nor may use sudo
+    # There is apt-get, but this user is neither root nor may use sudo.
     may_not = {
         "python3": without,
         "apt-get": "echo installed >&2; exit 1",
@@ -93,7 +96,7 @@ def test_processor_for_which_the_systems_libraries_are_needed(tmp_path):
     refused(done, "on riscv64 FFCV needs a C++ compiler", "libopencv-dev")
     full = "echo Filesystem; echo 'disk 1 1 1000 1% /'"
     there = {**programs, "pkg-config": '[ "$*" = "--exists opencv4 libturbojpeg" ]', "df": full}
-    # it went on
+    # It went on.
     refused(run_setup(tmp_path, programs=there), "GB free")
 
 
@@ -130,14 +133,14 @@ def test_environment_that_is_ready_takes_no_time_and_says_nothing():
 @pytest.mark.parametrize("damage", ["interpreter", "moved", "other project files", "unfinished"])
 def test_environment_that_is_not_ready_is_seen(tmp_path, damage):
     """A stand-in for a finished environment: only its interpreter and its pip are looked at."""
-    # set-up that is needed ends there
+    # Where set-up is needed it ends here.
     stop = {"PYTHON": "/nowhere/python"}
     bin_folder = tmp_path / ".venv" / "bin"
     bin_folder.mkdir(parents=True)
     (bin_folder / "python").symlink_to(sys.executable)
     (bin_folder / "pip").write_text(f"#!{bin_folder}/python\n")
     (tmp_path / ".venv" / "made-by-setup").touch()
-    # puts the files there of which the state is made
+    # This copies the files of which the state is made.
     run_setup(tmp_path, "--if-needed", **stop)
     files = "pyproject.toml constraints.txt install/*.sh install/*.py install/*.txt"
     checksum = ["sh", "-c", f"cat {files} | cksum"]
@@ -168,7 +171,7 @@ def test_what_has_lost_files_is_found(tmp_path):
     venv.create(environment, symlinks=True)
     (site,) = environment.glob("lib/python*/site-packages")
     for name, files in {
-        # whoever may write there makes the second
+        # Python makes the second when somebody runs the first who may write there.
         "whole": "whole.py,,\nwhole.pyc,,\n",
         "broken": "there.py,,\nlost.py,,\n",
         "unlisted": "",
@@ -185,7 +188,7 @@ def test_what_has_lost_files_is_found(tmp_path):
 
 
 def test_build_that_is_stopped_leaves_nothing(tmp_path):
-    # it takes connections, and never answers
+    # It takes connections, and never answers.
     with socket.create_server(("127.0.0.1", 0)) as index:
         place = f"http://127.0.0.1:{index.getsockname()[1]}"
         pip = {"PIP_INDEX_URL": place, "PIP_NO_CACHE_DIR": "1", "PIP_CONFIG_FILE": os.devnull}
@@ -227,6 +230,6 @@ def test_source_of_another_release_is_refused(tmp_path):
     (tmp_path / "file.py").write_text("one two one\n")
     build_ffcv.replace(tmp_path / "file.py", ("two", "three"))
     assert (tmp_path / "file.py").read_text() == "one three one\n"
-    said = "file.py of this release is not as expected: 'one' stands in it 2 times"
-    with pytest.raises(build_ffcv.Failure, match=said):
+    said = "file.py of this release is not as expected: 'one' is in it 2 times"
+    with pytest.raises(build_ffcv.BuildError, match=said):
         build_ffcv.replace(tmp_path / "file.py", ("one", "four"))

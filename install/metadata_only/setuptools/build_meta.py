@@ -1,4 +1,4 @@
-"""Stands where setuptools stands while pip downloads a source archive: tells its name and version.
+"""Tell pip name and version of a source archive in setuptools' place, while pip downloads it.
 
 pip asks an archive's own build script for them, and the scripts of FFCV and OpenCV end where a
 compiler or CMake is missing. Nothing of the archive is run this way; that it is the right one is
@@ -11,10 +11,10 @@ from pathlib import Path
 
 
 def prepare_metadata_for_build_wheel(folder: str, config_settings: object = None) -> str:
-    """The hook of PEP 517, for the unpacked archive in the working folder.
+    """Write the metadata of the unpacked archive in the working folder: a hook of PEP 517.
 
     Returns:
-        the name of the new folder in ``folder``.
+        The name of the new folder in ``folder``.
     """
     found = HeaderParser().parsestr(Path("PKG-INFO").read_text(encoding="utf-8"))
     name, version = found["Name"], found["Version"]
