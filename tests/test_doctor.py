@@ -37,7 +37,7 @@ def run(*words, python=sys.executable, before=(), **variables):
 
 
 def states(out):
-    """What was printed, as name -> (state, detail, remedy)."""
+    """The lines that were printed, as name -> (state, detail, remedy)."""
     found, name = {}, ""
     for line in out.splitlines():
         if line.startswith(" "):

@@ -23,12 +23,12 @@ EXIT_CODES = {State.OK: 0, State.UNKNOWN: 1, State.FAILED: 2}
 
 
 class Wanted(NamedTuple):
-    """What is to be checked beyond the machine itself."""
+    """The folders and addresses to check."""
 
     runs: Path
     """Folder of the runs."""
     tracking: dict[str, str]
-    """Addresses of MLflow by where they stand."""
+    """Name of a setting or variable -> MLflow's address in it."""
     data: Path | None = None
     """Folder of the recipe's prepared files."""
 

@@ -192,5 +192,5 @@ def one_line(error: BaseException) -> str:
 
 
 def without_passwords(text: str) -> str:
-    """``text`` with all that stands between :// and @ in it left out."""
+    """``text`` without the parts between :// and @ in it."""
     return re.sub(r"://[^\s'\"]*@", "://...@", text)

@@ -36,7 +36,7 @@ def tracking(name: str, uri: str) -> str:
     """MLflow at ``uri`` answers, as far as that shows without writing there.
 
     Args:
-        name: where the address stands: ``tracking.uri`` of a recipe, or MLflow's own variable.
+        name: of the address: ``tracking.uri`` of a recipe, or MLflow's own variable.
         uri: the address.
     """
     # Set before mlflow_client, which gives the sender of a training run more time.

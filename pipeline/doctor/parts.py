@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class State(Enum):
-    """What a check has found."""
+    """The result of a check."""
 
     OK = "ok"
     FAILED = "FAILED"
@@ -22,11 +22,11 @@ class Check(NamedTuple):
     name: str
     """As in the lists below, or of a probe of the machine."""
     state: State
-    """What it has found."""
+    """The result."""
     detail: str
     """The finding, or the reason of the failure."""
     remedy: str
-    """What mends it; empty where another check's remedy comes first."""
+    """The act that mends it; empty where another check's remedy comes first."""
 
 
 # One process imports them once, for all others.

@@ -23,7 +23,7 @@ class Worker:
     Args:
         names: of the checks, as in ``parts``.
         folder: where files of the checks may be written.
-        tracking: addresses of MLflow that are checked, too, by where they stand.
+        tracking: name of a setting or variable -> MLflow's address in it, which is checked, too.
         end: of all checks, on the monotonic clock.
         seconds: that all checks may take.
     """

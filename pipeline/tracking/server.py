@@ -232,7 +232,7 @@ def _own_names(host: str, names: Iterable[str]) -> list[str]:
 
 
 def _in_brackets(name: str) -> str:
-    """An address of IPv6 as it stands in a URL; any other name unchanged."""
+    """An IPv6 address in the brackets that it has in a URL; any other name unchanged."""
     return f"[{name}]" if name.count(":") > 1 and not name.startswith("[") else name
 
 

@@ -24,7 +24,7 @@ _STOP_SECONDS = 2.0
 
 
 class _Monitor(Protocol):
-    """What is used of MLflow's monitors, which have no types."""
+    """The methods of MLflow's monitors, which have no types, as they are used here."""
 
     def collect_metrics(self) -> None: ...
 

@@ -132,7 +132,7 @@ def test_environment_that_is_ready_takes_no_time_and_says_nothing():
 
 @pytest.mark.parametrize("damage", ["interpreter", "moved", "other project files", "unfinished"])
 def test_environment_that_is_not_ready_is_seen(tmp_path, damage):
-    """A stand-in for a finished environment: only its interpreter and its pip are looked at."""
+    """The environment only looks finished: it has an interpreter and a pip, which is enough."""
     # Where set-up is needed it ends here.
     stop = {"PYTHON": "/nowhere/python"}
     bin_folder = tmp_path / ".venv" / "bin"

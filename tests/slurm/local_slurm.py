@@ -147,7 +147,8 @@ PROGRAM = """#!/usr/bin/env python3
 # Takes the interpreter's place and reports as a training run does, so that the job script is tested
 # without one.
 import os, signal, sys, time
-if sys.argv[2].startswith("from pipeline"):  # the import before the processes
+# The job script imports before it starts processes.
+if sys.argv[2].startswith("from pipeline"):
     sys.exit()
 print("started as", *sys.argv[3:], flush=True)
 if {fails_first!r} in sys.argv and "SLURM_RESTART_COUNT" not in os.environ:
