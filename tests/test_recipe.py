@@ -1,8 +1,7 @@
-"""Recipes: every ready-made one loads, and every mistake gets one line that names the field and the
-remedy.
-"""
+"""Recipes: every ready-made one loads, and every mistake is one line with the remedy."""
 
 import dataclasses
+import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,8 +10,9 @@ import yaml
 from recipes_for_tests import small_recipe
 
 from pipeline.errors import UserError
+from pipeline.recipe.checks import ranges
 from pipeline.recipe.load import from_dict, load, load_stored
-from pipeline.recipe.schema import DataRecipe, flatten
+from pipeline.recipe.schema import DataRecipe, Recipe, flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "recipes" / "digits_coda_resnet20.yaml"
@@ -33,21 +33,24 @@ def test_ready_made_recipes_load_and_survive_a_round_trip(path):
 )
 def test_one_epoch_works_on_every_recipe(path, caplog):
     training, stated = load(path, ["training.epochs=1"]).training, load(path).training
-    assert training.epochs == 1 and training.warmup_epochs < 1
+    assert training.epochs == 1
+    assert training.warmup_epochs < 1
     if stated.warmup_epochs < 1:
-        assert training.warmup_epochs == stated.warmup_epochs and not caplog.messages
+        assert training.warmup_epochs == stated.warmup_epochs
+        assert not caplog.messages
         return
     assert training.warmup_epochs == pytest.approx(stated.warmup_epochs / stated.epochs, rel=0.05)
     assert caplog.messages == [
-        f"training.warmup_epochs {stated.warmup_epochs:g} does not fit 1 epoch: {training.warmup_epochs:g} is used, "
-        f"the same share as in {path}; say training.warmup_epochs=... for another"
+        f"training.warmup_epochs {stated.warmup_epochs:g} does not fit 1 epoch: "
+        f"{training.warmup_epochs:g} is used, the same share as in {path}; "
+        "say training.warmup_epochs=... for another"
     ]
 
 
 @pytest.mark.parametrize(
     ("overrides", "warmup", "said"),
     [
-        # of 2 in 30 epochs: it would have filled both
+        # It is 2 of 30 epochs in the file, and would have filled both.
         (["training.epochs=2"], 0.13, True),
         (["training.epochs=3"], 2, False),
         (["training.epochs=90"], 2, False),
@@ -57,7 +60,8 @@ def test_one_epoch_works_on_every_recipe(path, caplog):
 )
 def test_a_warm_up_that_no_longer_fits_keeps_its_share(overrides, warmup, said, caplog):
     recipe = load(DIGITS, overrides)
-    assert recipe.training.warmup_epochs == warmup and bool(caplog.messages) == said
+    assert recipe.training.warmup_epochs == warmup
+    assert bool(caplog.messages) == said
 
 
 def test_a_run_with_a_shortened_warm_up_goes_on(tmp_path):
@@ -67,7 +71,10 @@ def test_a_run_with_a_shortened_warm_up_goes_on(tmp_path):
 
 
 def test_a_stated_warm_up_that_does_not_fit_is_refused_with_what_would():
-    remedy = r"warmup_epochs is 5.0; it must be between 0 and epochs, so at most 1, e.g. training.warmup_epochs=0.05"
+    remedy = (
+        r"warmup_epochs is 5\.0; it must be between 0 and epochs, so at most 1, "
+        r"e\.g\. training\.warmup_epochs=0\.05"
+    )
     with pytest.raises(UserError, match=remedy):
         load(DIGITS, ["training.epochs=1", "training.warmup_epochs=5"])
 
@@ -113,6 +120,21 @@ def test_overrides_reach_every_level():
         ("data.progressive={until: 0.5}", "data.progressive.start_size is missing"),
         ("training.learning_rate=.nan", "positive and finite"),
         ("training.warmup_epochs=1000", "between 0 and epochs"),
+        ("training.warmup_epochs=-1", "training.warmup_epochs is -1.0; it must be 0 (off) or more"),
+        ("training.warmup_epochs=.nan", "training.warmup_epochs is nan; it must be 0 (off)"),
+        ("training.warmup_learning_rate=1", "between 0 and training.learning_rate"),
+        ("training.momentum=1", "training.momentum is 1.0; it must be in [0, 1)"),
+        ("training.step_factor=.inf", "it must be at least 1, and finite"),
+        ("training.micro_batch_size=0", "training.micro_batch_size is 0; it must be at least 1"),
+        ("data.jpeg_quality=101", "between 1 and 100"),
+        ("data.max_resolution=16385", "between 1 and 16,384"),
+        ("data.crop_padding=32", "data.crop_padding is 32; it must be below data.image_size, 32"),
+        ("data.scratch=/tmp", "null, as data.storage is not stage_local"),
+        ("data.progressive={start_size: 16, until: 0}", "data.progressive.until is 0.0"),
+        ("data.progressive={start_size: 16, step: 17}", "the difference of the sizes, 16"),
+        ("evaluation.methods=[]", "a list of one or more"),
+        ("evaluation.grid_size=1", "evaluation.grid_size is 1; it must be at least 2"),
+        ("tracking.parent=a'b", "text without quotes"),
         ("evaluation.metrics=[accuracy, beauty]", "'beauty'"),
         ("name=a/b", "a single folder name"),
         ("model=resnet20", "must be a section"),
@@ -125,14 +147,13 @@ def test_overrides_reach_every_level():
 def test_mistakes_are_one_clear_line(override, message):
     with pytest.raises(UserError) as error:
         load(DIGITS, [override])
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_muon_needs_whole_matrices():
-    with pytest.raises(
-        UserError,
-        match="training.optimizer is 'muon'; it must be another where training.zero_stage is not 0",
-    ):
+    message = r"training\.optimizer is 'muon'; it must be another one, or training\.zero_stage 0"
+    with pytest.raises(UserError, match=message):
         load(DIGITS, ["training.optimizer=muon", "training.zero_stage=1"])
 
 
@@ -182,7 +203,7 @@ def test_only_what_decides_the_weights_identifies_a_run():
 
 @dataclass(frozen=True)
 class _Wider(DataRecipe):
-    """Data settings of a later version: keys that begin like ones that decide nothing."""
+    """Data settings of a later version, with keys that begin like ones that decide nothing."""
 
     path_rule: str = "any"
     workers_rule: str = "any"
@@ -195,3 +216,28 @@ def test_only_whole_keys_are_left_out_of_the_identity(tmp_path):
     free = set(flatten(recipe.to_dict())) - set(recipe.identity())
     assert {"runs", "data.path", "data.workers", "evaluation.grids", "tracking.uri"} <= free
     assert not free & {"name", "seed", "data.source", "training.epochs"}
+
+
+def _sections(cls=Recipe):
+    """``cls`` and the dataclasses of its fields."""
+    yield cls
+    for hint in typing.get_type_hints(cls).values():
+        for inner in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(inner):
+                yield from _sections(inner)
+
+
+def test_every_number_has_a_range():
+    for section in _sections():
+        for name, hint in typing.get_type_hints(section, include_extras=True).items():
+            plain = typing.get_type_hints(section)[name]
+            if {int, float} & {plain, *typing.get_args(plain)}:
+                assert list(ranges(hint)), f"{section.__name__}.{name} may be any number"
+
+
+def test_defaults_are_in_their_ranges():
+    for section in _sections():
+        hints = typing.get_type_hints(section, include_extras=True)
+        for field in dataclasses.fields(section):
+            if field.default not in (None, dataclasses.MISSING):
+                assert all(valid.allows(field.default) for valid in ranges(hints[field.name]))

@@ -1,1 +1,1 @@
-"""A recipe: one YAML file that holds every number of a run."""
+"""The recipe: one YAML file that holds every number of a run."""

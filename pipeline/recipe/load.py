@@ -1,4 +1,4 @@
-"""Reading a recipe: a YAML file, or plain data, and overrides -> frozen dataclasses, checked."""
+"""Reading recipes: a YAML file or plain data, with overrides, to checked, frozen dataclasses."""
 
 import dataclasses
 import logging
@@ -15,15 +15,19 @@ log = logging.getLogger(__name__)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and check the recipe at ``path``; each override is ``section.key=value`` with
-    a YAML value.
+    """Read, override and check the recipe at ``path``.
 
-    A warm-up that the overrides leave as it is in the file, and that fills all of the epochs that
-    they ask for, is shortened to its share of the file's epochs, and a warning says so.
+    The overrides may ask for so few epochs that the file's warm-up fills them all. Unless they
+    change the warm-up, too, it is shortened to its share of the file's epochs, and a warning says
+    so.
+
+    Args:
+        path: a YAML file.
+        overrides: texts such as ``training.epochs=3``: a dotted key and a YAML value.
 
     Raises:
-        UserError: unreadable file, bad YAML, unknown key, wrong type, or values that do not fit
-            together.
+        UserError: the file cannot be read or is not YAML, a key is unknown, a value has the wrong
+            type, or values do not fit together.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -50,8 +54,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def from_dict(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """Build and check a recipe from plain data, such as ``Recipe.to_dict`` returns. Raises
-    UserError as ``load`` does.
+    """Build and check a recipe from plain data, such as ``Recipe.to_dict`` returns.
+
+    Raises:
+        UserError: as in ``load``; the message begins with ``where``.
     """
     recipe = parse.build(Recipe, tree, "", where)
     check(recipe, where)
@@ -59,21 +65,23 @@ def from_dict(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
 
 
 def load_stored(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that a run folder or an export was made with, overridden as in ``load``.
+    """Read the recipe that a run folder or an export was made with, overridden as in ``load``.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: the folder holds no recipe, or it cannot be read.
     """
     if not (folder / STORED).is_file():
         raise UserError(
-            f"{folder}: holds no {STORED}, so it is neither a run nor an export; `coda train RECIPE` makes a run"
+            f"{folder}: holds no {STORED}, so it is neither a run nor an export; "
+            "`coda train RECIPE` makes a run"
         )
     return load(folder / STORED, overrides)
 
 
-def _with_fitting_warmup(recipe: Recipe, stated: Any, path: str | Path) -> Recipe:
-    """``recipe``; its warm-up at the share of the ``stated`` epochs of the file at ``path``, where
-    it would fill all that are left.
+def _with_fitting_warmup(recipe: Recipe, stated: object, path: str | Path) -> Recipe:
+    """Shorten a warm-up that would fill all epochs of ``recipe``.
+
+    It keeps its share of the epochs that are ``stated`` in the file at ``path``.
     """
     training = recipe.training
     if not (

@@ -1,5 +1,6 @@
-"""Plain data, as YAML gives it, into dataclasses, by their annotations; every mistake names the key
-and what would be valid.
+"""Plain data, as YAML gives it, to dataclasses, by the types of their fields.
+
+Every mistake names the key and what would be valid.
 """
 
 import dataclasses
@@ -7,28 +8,47 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 
 from pipeline.errors import UserError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+
+TYPE_NAMES: dict[Any, str] = {
+    tuple: "a list",
+    Mapping: "a mapping",
+    float: "a number",
+    int: "a whole number",
+    str: "text",
+    bool: "true or false",
+}
+
 
 def parse(text: str, where: str) -> Any:
-    """The YAML document ``text``, which comes from ``where``. Raises UserError: it is none."""
+    """Parse the YAML document ``text``, which comes from ``where``.
+
+    Raises:
+        UserError: the text is not valid YAML.
+    """
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(
-            f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or 'cannot be parsed'}"
-        ) from error
+        problem = getattr(error, "problem", None) or "cannot be parsed"
+        raise UserError(f"{where}{line}: not valid YAML: {problem}") from error
 
 
 def override(tree: dict[str, Any], text: str) -> None:
-    """Set one value of ``tree`` as ``text``, section.key=value with a YAML value, says. Raises
-    UserError: it says nothing of the kind.
+    """Set one value of ``tree`` as ``text`` says: section.key=value, with a YAML value.
+
+    Raises:
+        UserError: the text has another form, or a section that it names is a value.
     """
     key, sign, value = text.partition("=")
     if not sign or not key:
@@ -43,9 +63,11 @@ def override(tree: dict[str, Any], text: str) -> None:
     tree[last] = parse(value, f"override {text!r}")
 
 
-def build(cls: Any, tree: Any, prefix: str, where: str) -> Any:
-    """Dataclass ``cls`` from ``tree``, whose dotted keys begin with ``prefix``. Raises UserError:
-    unknown, missing or wrong values.
+def build(cls: type[T], tree: object, prefix: str, where: str) -> T:
+    """Build the dataclass ``cls`` from ``tree``, whose dotted keys begin with ``prefix``.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value has the wrong type.
     """
     if not isinstance(tree, Mapping):
         raise UserError(f"{where}: {prefix.rstrip('.')} must be a section of keys, found {tree!r}")
@@ -60,22 +82,27 @@ def build(cls: Any, tree: Any, prefix: str, where: str) -> Any:
             raise UserError(f"{where}: unknown key {prefix}{key}; {hint}")
         values[key] = _convert(hints[key], value, f"{prefix}{key}", where)
     for item in dataclasses.fields(cls):
-        required = (
-            item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        )
-        if required and item.name not in values:
+        if is_required(item) and item.name not in values:
             raise UserError(f"{where}: {prefix}{item.name} is missing; it has no default")
     return cls(**values)
 
 
+def is_required(field: "dataclasses.Field[Any]") -> bool:
+    """Whether ``field`` has no default."""
+    missing = dataclasses.MISSING
+    return field.default is missing and field.default_factory is missing
+
+
 def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
-    """``value`` as the annotated type ``hint``; YAML reads 1e-3 as text and 1 as an integer, both
-    are welcome as floats.
+    """Return ``value`` as the annotated type ``hint``.
+
+    YAML reads 1e-3 as text and 1 as an integer; both are welcome as floats.
     """
     origin, choices = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return build(hint, value, f"{key}.", where)
-    if origin is types.UnionType:
+        return build(typing.cast("type[DataclassInstance]", hint), value, f"{key}.", where)
+    # int | None is a UnionType, Annotated[int, ...] | None a typing.Union
+    if origin in (types.UnionType, typing.Union):
         return None if value is None else _convert(choices[0], value, key, where)
     if origin is Literal:
         if value in choices:
@@ -92,12 +119,4 @@ def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
             pass
     elif hint in (int, str, bool) and type(value) is hint:
         return value
-    names = {
-        tuple: "a list",
-        Mapping: "a mapping",
-        float: "a number",
-        int: "a whole number",
-        str: "text",
-        bool: "true or false",
-    }
-    raise UserError(f"{where}: {key} is {value!r}; it must be {names[origin or hint]}")
+    raise UserError(f"{where}: {key} is {value!r}; it must be {TYPE_NAMES[origin or hint]}")

@@ -1,6 +1,4 @@
-"""What comes with the package beside its code: the ready-made recipes, and the job scripts for
-Slurm.
-"""
+"""Files that come with the package: the ready-made recipes, and the job scripts for Slurm."""
 
 import difflib
 from pathlib import Path
@@ -11,8 +9,9 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def shipped_folder(name: str) -> Path:
-    """The folder ``recipes`` or ``slurm``: of an installed package inside it, of a checkout at its
-    root.
+    """Find the folder ``recipes`` or ``slurm``.
+
+    An installed package holds them inside, a checkout at its root.
     """
     inside = _PACKAGE / name
     return inside if inside.is_dir() else _PACKAGE.parent / name
@@ -24,10 +23,10 @@ def recipes() -> dict[str, Path]:
 
 
 def find_recipe(text: str) -> Path:
-    """The recipe file that a user means by ``text``: a path, or the name of a ready-made recipe.
+    """Find the recipe file that a user means by ``text``, a path or a ready-made recipe's name.
 
     Raises:
-        UserError: it looks like a name, and there is neither such a file nor such a recipe.
+        UserError: the text looks like a name, and there is neither such a file nor such a recipe.
     """
     path, known = Path(text), recipes()
     if path.is_file() or path.name != text or path.suffix:
@@ -42,21 +41,20 @@ def find_recipe(text: str) -> Path:
 
 
 def listing() -> str:
-    """The ready-made recipes, one a line, and where they and the job scripts are."""
+    """List the ready-made recipes, one a line, and say where they and the job scripts are."""
     known = recipes()
     width = max(map(len, known), default=0)
-    lines = [f"{name:{width}}  {_about(path)}" for name, path in known.items()]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"`coda train NAME` takes one as it is; to change one, copy its file: {shipped_folder('recipes')}",
-            f"Job scripts for Slurm, into a folder of your own: cp -r {shipped_folder('slurm')} .",
-        ]
-    )
+    lines = [f"{name:{width}}  {_first_line(path)}" for name, path in known.items()]
+    lines += [
+        "",
+        "`coda train NAME` takes one as it is; to change one, copy its file: "
+        f"{shipped_folder('recipes')}",
+        f"Job scripts for Slurm, into a folder of your own: cp -r {shipped_folder('slurm')} .",
+    ]
+    return "\n".join(lines)
 
 
-def _about(path: Path) -> str:
-    """What the first line of a recipe, a comment, says of it."""
+def _first_line(path: Path) -> str:
+    """Read the first line of a recipe, a comment that says what it trains."""
     with path.open(encoding="utf-8") as file:
         return file.readline().lstrip("# ").rstrip()
