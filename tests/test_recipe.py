@@ -12,6 +12,7 @@ from recipes_for_tests import small_recipe
 from pipeline.errors import UserError
 from pipeline.recipe.checks import ranges
 from pipeline.recipe.load import from_dict, load, load_stored
+from pipeline.recipe.page import field_docstrings, page
 from pipeline.recipe.schema import DataRecipe, Recipe, flatten
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -241,3 +242,23 @@ def test_defaults_are_in_their_ranges():
         for field in dataclasses.fields(section):
             if field.default not in (None, dataclasses.MISSING):
                 assert all(valid.allows(field.default) for valid in ranges(hints[field.name]))
+
+
+def test_every_field_has_its_docstring():
+    for section in _sections():
+        texts = field_docstrings(section)
+        for field in dataclasses.fields(section):
+            assert texts.get(field.name, "").endswith("."), f"{section.__name__}.{field.name}"
+
+
+def test_the_page_is_made_from_the_schema():
+    written = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    remedy = "docs/recipe.md is old: python -m pipeline.recipe.page > docs/recipe.md"
+    assert written == page(), remedy
+    assert all(len(line) <= 100 for line in written.splitlines())
+
+
+def test_the_page_names_every_key():
+    text = page()
+    for section in _sections():
+        assert all(f"- **`{field.name}`** (" in text for field in dataclasses.fields(section))

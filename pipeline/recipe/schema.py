@@ -87,7 +87,7 @@ class DataRecipe:
     path: str | None = None
     """Folder or tar of the source. Null: it needs none, or is downloaded."""
     prepared: str = "data"
-    """Folder in which `coda prepare` makes the folder <source>-<image_size>.
+    """Folder in which `coda prepare` makes the folder `<source>-<image_size>`.
 
     That folder holds train.beton, val.beton and manifest.json, and serves every run on the same
     source and size.
@@ -115,7 +115,7 @@ class DataRecipe:
     storage: Literal["page_cache", "stage_local"] = "page_cache"
     """Where the prepared files are read: in place, or from a copy on a disk of each node."""
     scratch: str | None = None
-    """Folder on that disk, such as $SLURM_TMPDIR; for `storage: stage_local` only.
+    """Folder on that disk, such as `$SLURM_TMPDIR`; for `storage: stage_local` only.
 
     Null: the system's temporary folder.
     """
@@ -170,7 +170,7 @@ class TrainingRecipe:
     learning_rate: Annotated[float, Positive()]
     """The rate after the warm-up, the highest one."""
     optimizer: Literal["adam", "adamw", "sgd", "muon"] = "adamw"
-    """sgd has Nesterov's momentum; muon updates matrices, and the rest as adamw does.
+    """The optimiser. sgd has Nesterov's momentum; muon is for matrices, the rest takes adamw.
 
     With muon `zero_stage` must be 0, as shards are not whole matrices.
     """
@@ -242,7 +242,7 @@ class EvaluationRecipe:
     batch_size: Count = 128
     """Images that the model sees at a time in an evaluation."""
     grid_size: Annotated[int, AtLeast(2)] = 3
-    """n of the n x n grid pointing game."""
+    """Images along a side of a grid in the grid pointing game."""
     grids: Count = 100
     """Grids of the localisation metrics."""
     completeness_images: Count = 128
