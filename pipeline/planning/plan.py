@@ -16,6 +16,7 @@ from pipeline.planning.cost import cost
 from pipeline.planning.cpu_profile import CPUProfile
 from pipeline.planning.dry_run import Operation, Work, trace
 from pipeline.planning.gpus import ATTAINABLE, ATTAINABLE_BANDWIDTH, GPU, gpu_seconds
+from pipeline.recipe.optimisers import OPTIMISERS
 from pipeline.recipe.schema import Recipe, training_size
 
 # training images and classes of the sources whose size is known without looking
@@ -38,10 +39,6 @@ DECODED_PIXELS = 140e6
 CONTEXT = 1.5e9
 # of the memory, for fragmentation
 USABLE = 0.92
-# of the optimiser, per parameter
-STATE_NUMBERS = {"adam": 2, "adamw": 2, "sgd": 1, "muon": 1}
-# over the parameters on a processor; of muon counted, not timed
-UPDATE_PASSES = {"adam": 21, "adamw": 21, "sgd": 8, "muon": 12}
 # of a reduction of nothing, per doubling of the number of nodes
 MESSAGE_SECONDS = 20e-6
 ASSUMPTIONS = f"""assumptions:
@@ -160,7 +157,7 @@ class Plan:
             "weights": whole,
             "gradients": whole / (size if training.zero_stage == 2 else 1),
             "optimiser": whole
-            * STATE_NUMBERS[training.optimizer]
+            * OPTIMISERS[training.optimizer].state_numbers
             / (size if training.zero_stage else 1),
             "weight average": whole if training.weight_average else 0.0,
             "reduction buffer": whole if size > 1 else 0.0,
@@ -344,30 +341,28 @@ def cpu_step(
     )
     for parameter in parameters:
         size = 4 * parameter.numel()
-        passes = UPDATE_PASSES[optimizer]
+        passes = OPTIMISERS[optimizer].update_passes
         seconds += (
             passes * size / profile.at("elementwise in place", size) + passes / 2 * profile.start
         )
-    states = 4 * sum(parameter.numel() for parameter in parameters) * (2 + STATE_NUMBERS[optimizer])
+    states = 4 * sum(parameter.numel() for parameter in parameters) * (2 + OPTIMISERS[optimizer].state_numbers)
     return seconds, states + work.peak_bytes
 
 
 def update_products(model: nn.Module, optimizer: str) -> Iterator[Operation]:
-    """Products of an update of Muon, in bf16: five steps of Newton and Schulz on every matrix
-    (Jordan et al., 2024); of others none.
+    """Products of an update in bf16: the steps of Newton and Schulz on every matrix.
+
+    Muon has five of them (Jordan et al., 2024), the usual optimisers none.
     """
-    matrices = (
-        [parameter for parameter in model.parameters() if parameter.ndim > 1]
-        if optimizer == "muon"
-        else []
-    )
+    steps = OPTIMISERS[optimizer].newton_schulz_steps
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     for matrix in matrices:
         short, long = sorted((matrix.shape[0], matrix.numel() // matrix.shape[0]))
         for rows, inner, columns in (
             (short, long, short),
             (short, short, short),
             (short, short, long),
-        ) * 5:
+        ) * steps:
             written = 2 * rows * columns
             moved = 2 * (rows * inner + inner * columns) + written
             yield Operation(

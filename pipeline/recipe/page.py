@@ -11,11 +11,12 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from pipeline.recipe.checks import ranges
 from pipeline.recipe.parse import TYPE_NAMES, is_required
+from pipeline.recipe.ranges import NameIn, Range
 from pipeline.recipe.schema import Recipe
 
 WIDTH = 100
@@ -64,23 +65,15 @@ def _section(cls: type, prefix: str) -> Iterator[str]:
         section = next(filter(dataclasses.is_dataclass, _members(plain[field.name])), None)
         if section is not None:
             inner[field.name] = section
-        facts = [
-            f"a section, see [`{prefix}{field.name}`](#{_anchor(prefix + field.name)})"
-            if section is not None
-            else _values(plain[field.name]),
-            *(valid.text for valid in ranges(hints[field.name])),
-            "required" if is_required(field) else _default(field),
-        ]
-        yield from _entry(field.name, "; ".join(facts), texts[field.name])
+            values = f"a section, see [`{prefix}{field.name}`](#{_anchor(prefix + field.name)})"
+        else:
+            values = _values(plain[field.name], list(ranges(hints[field.name])))
+        default = "required" if is_required(field) else _default(field)
+        yield from _wrapped(f"- **`{field.name}`** ({values}; {default})<br>", "  ")
+        yield from _wrapped("  " + " ".join(texts[field.name].split()), "  ")
     yield ""
     for name, section in inner.items():
         yield from _section(typing.cast(type, section), f"{prefix}{name}.")
-
-
-def _entry(name: str, facts: str, text: str) -> Iterator[str]:
-    """Lines of one item of a list: the key, what it may be, and below it its docstring."""
-    yield from _wrapped(f"- **`{name}`** ({facts})<br>", "  ")
-    yield from _wrapped("  " + " ".join(text.split()), "  ")
 
 
 def _wrapped(text: str, indent: str) -> list[str]:
@@ -95,14 +88,22 @@ def _members(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if is_union else (hint,)
 
 
-def _values(hint: Any) -> str:
-    """Say in words what the annotation ``hint`` allows."""
+def _values(hint: Any, valid: Sequence[Range] = ()) -> str:
+    """Say in words which values the annotation ``hint`` and the ranges ``valid`` allow."""
+    texts = [each.text for each in valid]
+    if any(isinstance(each, NameIn) for each in valid):
+        return "; ".join(texts)
+    return "; ".join([_kind(hint), *texts])
+
+
+def _kind(hint: Any) -> str:
+    """Say in words of which type the values of ``hint`` are, or which few they are."""
     first, *others = _members(hint)
     origin, choices = typing.get_origin(first), typing.get_args(first)
     if origin is Literal:
         text = ", ".join(f"`{choice}`" for choice in choices)
     elif origin is tuple:
-        text = f"a list of {_values(choices[0])}"
+        text = f"a list of {_kind(choices[0])}"
     else:
         text = TYPE_NAMES[origin or first]
     return f"{text} or null" if others else text

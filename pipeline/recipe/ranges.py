@@ -5,24 +5,33 @@ page that ``pipeline.recipe.page`` makes. None is always allowed where the type 
 """
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 
-class Range(Protocol):
+class Range(ABC):
     """The valid values of one field."""
 
     @property
+    @abstractmethod
     def text(self) -> str:
-        """What is valid, so that "it must be ..." is a sentence."""
+        """What a value must be, in words."""
 
+    @property
+    def remedy(self) -> str:
+        """The end of the message about a value that is not valid."""
+        return f"it must be {self.text}"
+
+    @abstractmethod
     def allows(self, value: Any) -> bool:
         """Whether ``value``, which has the type of its field, is valid."""
 
 
 @dataclass(frozen=True)
-class AtLeast:
+class AtLeast(Range):
     """Numbers from ``low`` on; a 0 that turns something off is named."""
 
     low: float
@@ -45,7 +54,7 @@ class AtLeast:
 
 
 @dataclass(frozen=True)
-class Between:
+class Between(Range):
     """Numbers from ``low`` to ``high``, both included."""
 
     low: int
@@ -62,7 +71,7 @@ class Between:
 
 
 @dataclass(frozen=True)
-class Share:
+class Share(Range):
     """Numbers from 0 to 1, without the 0 or the 1 where the field says so."""
 
     above_zero: bool = False
@@ -80,7 +89,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Positive:
+class Positive(Range):
     """Numbers above 0."""
 
     @property
@@ -94,7 +103,7 @@ class Positive:
 
 
 @dataclass(frozen=True)
-class OneOf:
+class OneOf(Range):
     """A few numbers."""
 
     numbers: tuple[int, ...]
@@ -112,8 +121,29 @@ class OneOf:
         return value in self.numbers
 
 
+@dataclass(frozen=True, eq=False)
+class NameIn(Range):
+    """Text that is a key of a table."""
+
+    table: Mapping[str, object]
+
+    @property
+    def text(self) -> str:
+        """The names."""
+        return ", ".join(f"`{name}`" for name in self.table)
+
+    @property
+    def remedy(self) -> str:
+        """The end of the message about a name that the table lacks."""
+        return f"valid: {', '.join(self.table)}"
+
+    def allows(self, value: Any) -> bool:
+        """Whether the table has an entry ``value``."""
+        return value in self.table
+
+
 @dataclass(frozen=True)
-class FolderName:
+class FolderName(Range):
     """Text that names a folder."""
 
     @property
@@ -127,7 +157,7 @@ class FolderName:
 
 
 @dataclass(frozen=True)
-class Unquoted:
+class Unquoted(Range):
     """Text that can stand in a quoted search."""
 
     @property
@@ -141,7 +171,7 @@ class Unquoted:
 
 
 @dataclass(frozen=True)
-class NotEmpty:
+class NotEmpty(Range):
     """Lists of one item or more."""
 
     @property

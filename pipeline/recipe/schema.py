@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pipeline.errors import UserError
+from pipeline.recipe.optimisers import OPTIMISERS
 from pipeline.recipe.ranges import (
     AtLeast,
     Between,
     FolderName,
+    NameIn,
     NotEmpty,
     OneOf,
     Positive,
@@ -169,7 +171,7 @@ class TrainingRecipe:
     """Images of an update, over all processes together, however many there are."""
     learning_rate: Annotated[float, Positive()]
     """The rate after the warm-up, the highest one."""
-    optimizer: Literal["adam", "adamw", "sgd", "muon"] = "adamw"
+    optimizer: Annotated[str, NameIn(OPTIMISERS)] = "adamw"
     """The optimiser. sgd has Nesterov's momentum; muon is for matrices, the rest takes adamw.
 
     With muon `zero_stage` must be 0, as shards are not whole matrices.

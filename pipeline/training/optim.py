@@ -5,15 +5,19 @@ before every update.
 import math
 
 import torch
-from timm.optim import create_optimizer_v2
+
+# timm re-exports it without saying so.
+from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 from torch import nn
 
+from pipeline.recipe.optimisers import OPTIMISERS
 from pipeline.recipe.schema import TrainingRecipe
 
 
 def build_optimizer(model: nn.Module, training: TrainingRecipe) -> torch.optim.Optimizer:
-    """The recipe's optimiser; weight decay spares biases and normalisation (one-dimensional
-    parameters).
+    """Build the recipe's optimiser; weight decay spares one-dimensional parameters.
+
+    Those are biases and normalisation.
 
     muon (Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024)
     orthogonalises the updates of matrices, with everything behind a parameter's first dimension as
@@ -23,7 +27,7 @@ def build_optimizer(model: nn.Module, training: TrainingRecipe) -> torch.optim.O
     """
     return create_optimizer_v2(
         model,
-        opt=training.optimizer,
+        opt=OPTIMISERS[training.optimizer].timm_name,
         lr=training.learning_rate,
         weight_decay=training.weight_decay,
         momentum=training.momentum,

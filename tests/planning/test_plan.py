@@ -19,7 +19,7 @@ from pipeline.planning.gpus import ATTAINABLE, ATTAINABLE_BANDWIDTH, GPUS, gpu_s
 from pipeline.planning.plan import Cluster, Plan, cpu_step, update_products
 from pipeline.recipe.load import load
 
-RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "cifar10_coda_resnet20.yaml"
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "cifar10_coda_resnet20.yaml"
 H100 = GPUS["h100"]
 
 

@@ -6,7 +6,12 @@ import math
 import pytest
 import timm
 import torch
+from recipes_for_tests import small_recipe
 
+from pipeline.errors import UserError
+from pipeline.planning.gpus import GPUS
+from pipeline.planning.plan import Cluster, Plan
+from pipeline.recipe.optimisers import OPTIMISERS, Optimiser
 from pipeline.recipe.schema import TrainingRecipe
 from pipeline.training.losses import LOSSES, soft_targets
 from pipeline.training.optim import build_optimizer, learning_rate
@@ -81,7 +86,7 @@ def test_steps_of_the_published_configurations(training, epoch, rate):
     assert learning_rate(4 * epoch, 4, training) == pytest.approx(rate)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "muon"])
+@pytest.mark.parametrize("optimizer", OPTIMISERS)
 @pytest.mark.parametrize("model", ["coda_resnet20", "coda_s", "coda_resnet18", "resnet20"])
 def test_weight_decay_spares_biases_and_normalisation(optimizer, model):
     model = timm.create_model(model)
@@ -144,3 +149,25 @@ def test_muon_orthogonalises_what_a_matrix_learns_and_steps_as_far_as_adamw():
     assert weight.square().mean().sqrt().item() == pytest.approx(0.2 * 1e-3, rel=0.2)
     torch.testing.assert_close(bias, -1e-3 * layer.bias.grad.sign(), rtol=1e-3, atol=0)
     assert all(group["momentum"] == momentum for group in optimizer.param_groups)
+
+
+def test_a_new_optimiser_is_one_entry(tmp_path, monkeypatch):
+    changes = {"training__optimizer": "nadamw", "training__zero_stage": 1}
+    with pytest.raises(UserError, match=r"'nadamw'; valid: adam, adamw, sgd, muon$"):
+        small_recipe(tmp_path, **changes)
+    entry = Optimiser("nadamw", state_numbers=2, update_passes=24)
+    monkeypatch.setitem(OPTIMISERS, "nadamw", entry)
+    recipe = small_recipe(tmp_path, **changes)
+
+    plan = Plan(recipe)
+    assert plan.state_bytes(1)["optimiser"] == 2 * plan.state_bytes(1)["weights"]
+    assert plan.step(8, Cluster(1, 1, GPUS["h100"]), 128, 128).seconds > 0
+
+    layer = torch.nn.Linear(4, 3)
+    optimizer = build_optimizer(layer, recipe.training)
+    before = layer.weight.detach().clone()
+    layer(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert type(optimizer).__name__ == "NAdamW"
+    assert not torch.equal(layer.weight, before)
+    assert len(optimizer.state[layer.weight]) == 1 + entry.state_numbers
