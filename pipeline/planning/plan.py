@@ -17,7 +17,8 @@ from pipeline.planning.cpu_profile import CPUProfile
 from pipeline.planning.dry_run import Operation, Work, trace
 from pipeline.planning.gpus import ATTAINABLE, ATTAINABLE_BANDWIDTH, GPU, gpu_seconds
 from pipeline.recipe.optimisers import OPTIMISERS
-from pipeline.recipe.schema import Recipe, training_size
+from pipeline.recipe.schedules import training_size
+from pipeline.recipe.schema import Recipe
 
 # training images and classes of the sources whose size is known without looking
 DATA_SETS = {

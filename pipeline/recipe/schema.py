@@ -25,6 +25,8 @@ from pipeline.recipe.ranges import (
     Share,
     Unquoted,
 )
+from pipeline.recipe.schedules import SCHEDULES
+from pipeline.recipe.schedules import training_size as training_size
 from pipeline.run_folder import RunFolder
 
 # Pixels: a stored image must fit a page of FFCV's, which is smaller than 4 GiB.
@@ -190,7 +192,7 @@ class TrainingRecipe:
     """Epochs in which the rate rises linearly to `learning_rate`; at most `epochs`."""
     warmup_learning_rate: Annotated[float, AtLeast(0)] = 0.0
     """Rate from which the warm-up rises; at most `learning_rate`."""
-    schedule: Literal["cosine", "linear", "step"] = "cosine"
+    schedule: Annotated[str, NameIn(SCHEDULES)] = "cosine"
     """The rate after the warm-up: down to 0 along half a cosine or a straight line, or in steps.
 
     step divides it by `step_factor` each `step_epochs`.
@@ -339,19 +341,6 @@ class Recipe:
                 "choose training.micro_batch_size or the number of processes so that it is"
             )
         return micro, batch // (micro * world_size)
-
-
-def training_size(data: DataRecipe, epoch: int, epochs: int) -> int:
-    """Side in pixels of the training images of ``epoch``.
-
-    It rises linearly, in steps, where the recipe asks for that.
-    """
-    if data.progressive is None:
-        return data.image_size
-    missing = (data.image_size - data.progressive.start_size) * max(
-        0.0, 1 - epoch / (data.progressive.until * epochs)
-    )
-    return data.image_size - round(missing / data.progressive.step) * data.progressive.step
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

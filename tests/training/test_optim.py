@@ -12,9 +12,10 @@ from pipeline.errors import UserError
 from pipeline.planning.gpus import GPUS
 from pipeline.planning.plan import Cluster, Plan
 from pipeline.recipe.optimisers import OPTIMISERS, Optimiser
+from pipeline.recipe.schedules import SCHEDULES, learning_rate
 from pipeline.recipe.schema import TrainingRecipe
 from pipeline.training.losses import LOSSES, soft_targets
-from pipeline.training.optim import build_optimizer, learning_rate
+from pipeline.training.optim import build_optimizer
 
 TRAINING = TrainingRecipe(
     epochs=10, global_batch_size=8, learning_rate=1.0, warmup_epochs=2, weight_decay=0.1
@@ -86,6 +87,17 @@ def test_steps_of_the_published_configurations(training, epoch, rate):
     assert learning_rate(4 * epoch, 4, training) == pytest.approx(rate)
 
 
+def test_a_new_schedule_is_one_entry(tmp_path, monkeypatch):
+    def constant(progress, epoch, training):
+        return training.learning_rate
+
+    with pytest.raises(UserError, match=r"'constant'; valid: cosine, linear, step$"):
+        small_recipe(tmp_path, training__schedule="constant")
+    monkeypatch.setitem(SCHEDULES, "constant", constant)
+    training = small_recipe(tmp_path, training__schedule="constant").training
+    assert {learning_rate(update, 4, training) for update in range(8)} == {training.learning_rate}
+
+
 @pytest.mark.parametrize("optimizer", OPTIMISERS)
 @pytest.mark.parametrize("model", ["coda_resnet20", "coda_s", "coda_resnet18", "resnet20"])
 def test_weight_decay_spares_biases_and_normalisation(optimizer, model):
@@ -101,7 +113,7 @@ def test_weight_decay_spares_biases_and_normalisation(optimizer, model):
 
 def test_binary_cross_entropy_is_a_sum_over_classes_and_a_mean_over_images():
     logits = torch.tensor([[0.0, math.log(3)], [0.0, 0.0]])
-    # labels 1 and 0
+    # Of the labels 1 and 0.
     expected = ((math.log(2) + math.log(4 / 3)) + 2 * math.log(2)) / 2
     targets = soft_targets(torch.tensor([1, 0]), 2)
     assert LOSSES["bce"](logits, targets).item() == pytest.approx(expected)
@@ -145,7 +157,7 @@ def test_muon_orthogonalises_what_a_matrix_learns_and_steps_as_far_as_adamw():
         < 2
         < torch.linalg.svdvals(gradient).max() / torch.linalg.svdvals(gradient).min()
     )
-    # AdamW's updates have 0.2 to 0.4 of the rate
+    # AdamW's updates have 0.2 to 0.4 of the rate.
     assert weight.square().mean().sqrt().item() == pytest.approx(0.2 * 1e-3, rel=0.2)
     torch.testing.assert_close(bias, -1e-3 * layer.bias.grad.sign(), rtol=1e-3, atol=0)
     assert all(group["momentum"] == momentum for group in optimizer.param_groups)
