@@ -1,7 +1,8 @@
-"""Step time and peak memory that ``coda plan --gpu cpu`` predicts, against those of real training
-steps, in one run.
+"""Predictions of ``coda plan --gpu cpu``, time and peak memory, against real training steps.
 
-    PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/plan.py
+    PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/plan.py [--fresh]
+
+With --fresh the profile of this machine is measured first, even if there is a kept one.
 
 A step is forward, backward and AdamW of random images, the best of those that fit into some
 seconds, every case in processes of its own. Its peak is the highest resident memory less that of a
@@ -18,9 +19,10 @@ from pathlib import Path
 import timm
 import torch
 
+# Registers the CoDA models.
 import pipeline  # noqa: F401
+from pipeline.planning.cpu_plan import cpu_step
 from pipeline.planning.cpu_profile import CPUProfile, cpu_profile, measure_cpu
-from pipeline.planning.plan import cpu_step
 
 CASES = [
     ("resnet20", 64, 32),
@@ -33,13 +35,14 @@ CASES = [
     ("coda_resnet50", 2, 224),
     ("resnet50", 8, 160),
 ]
-# of steps that are timed in each case
+# Time of the steps that are measured in each case.
 SECONDS = 6.0
 
 
-def measured(name: str, batch: int, size: int, queue: mp.Queue) -> None:
+def measured(name: str, batch: int, size: int, queue: "mp.Queue[tuple[float, int]]") -> None:
+    """Put the seconds of a training step and the bytes of its peak into ``queue``."""
     torch.manual_seed(0)
-    # loads the libraries
+    # Loads the libraries.
     _steps("coda_resnet20", 2, 32, 0.0)
     start = _resident("VmRSS")
     seconds = _steps(name, batch, size, 0.0 if "MALLOC_MMAP_THRESHOLD_" in os.environ else SECONDS)
@@ -48,7 +51,7 @@ def measured(name: str, batch: int, size: int, queue: mp.Queue) -> None:
 
 def _in_a_process(*case: object) -> tuple[float, int]:
     context = mp.get_context("spawn")
-    queue: mp.Queue = context.Queue()
+    queue: mp.Queue[tuple[float, int]] = context.Queue()
     process = context.Process(target=measured, args=(*case, queue))
     process.start()
     result = queue.get()
@@ -57,8 +60,10 @@ def _in_a_process(*case: object) -> tuple[float, int]:
 
 
 def _steps(name: str, batch: int, size: int, least: float) -> float:
-    """Time of the best training step of three or more, for as many as take ``least`` seconds, after
-    one to warm up.
+    """Time training steps, after one to warm up.
+
+    Returns:
+        Seconds of the best of three steps or more, as many as take ``least`` seconds.
     """
     model = timm.create_model(name).train()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -82,9 +87,11 @@ def _resident(line: str) -> int:
 
 
 def main() -> None:
+    """Print a Markdown table with a row for each case."""
     profile = CPUProfile("", measure_cpu()) if "--fresh" in sys.argv else cpu_profile()
     print(
-        "| model | batch | pixels | step, s: predicted | measured | ratio | peak, MB: predicted | measured | ratio | glibc's defaults, MB |"
+        "| model | batch | pixels | step, s: predicted | measured | ratio "
+        "| peak, MB: predicted | measured | ratio | glibc's defaults, MB |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name, batch, size in CASES:

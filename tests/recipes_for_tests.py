@@ -7,8 +7,11 @@ from pipeline.recipe.schema import Recipe
 
 
 def small_recipe(folder: Path, **changes) -> Recipe:
-    """A recipe on 8x8 digits whose files live in ``folder``; ``changes`` are dotted keys with '__'
-    for the dot.
+    """Make a recipe on 8x8 digits whose files live in ``folder``.
+
+    Args:
+        folder: parent of the data and the runs.
+        changes: values by dotted key, with "__" for the dot.
     """
     tree = {
         "name": "small",

@@ -1,3 +1,1 @@
-"""What a recipe will take, before it runs: memory, time, data and network, on GPUs or on this
-processor.
-"""
+"""What a recipe will take before it runs: memory, time, data and network."""

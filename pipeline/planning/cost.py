@@ -1,7 +1,7 @@
-"""What the networks cost: parameters, multiply-adds, memory for the backward pass, and CPU time
-beside the ResNet they come from.
+"""What the networks cost, beside the ResNet that each is compared with.
 
-All but the time is counted on the meta device, where tensors have shapes and no values.
+Parameters, multiply-adds and memory for the backward pass are counted on the meta device, where
+tensors have shapes and no values; CPU time is measured.
 """
 
 import time
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pipeline.errors import UserError
 from pipeline.models.dau import DAUConv2d
 
+# The ResNet for images of about the same size that each pure network is compared with.
 PURE_PEERS = {
     "coda_xs": "resnet20",
     "coda_s": "resnet20",
@@ -28,9 +30,10 @@ PURE_PEERS = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one image."""
+    """What a network needs for one image."""
 
     parameters: int
+    """Their number."""
     multiply_adds: int
     """Of a forward pass."""
     activation_bytes: int
@@ -38,8 +41,10 @@ class Cost:
 
 
 def dau_multiply_adds(layer: DAUConv2d, positions: int) -> int:
-    """z = B x; A_o^T x with every unit's <., z> and <b_o, x>; and, where g needs |w_o|, R_o [z, 1]
-    (see chunked.py).
+    """Multiply-adds of a DAU convolution at ``positions`` positions.
+
+    They are those of z = B x; of A_o^T x with every unit's <., z> and <b_o, x>; and, where g needs
+    |w_o|, of R_o [z, 1] (see chunked.py).
     """
     units, fan_in, rank = layer.up_weight.shape
     biased = rank + (layer.up_bias is not None)
@@ -58,7 +63,7 @@ def _multiply_adds(layer: nn.Module, output: Tensor) -> int:
 
 def cost(model: nn.Module, input_size: Sequence[int]) -> Cost:
     """Count ``model``, on the meta device, for one image of ``input_size`` (C, H, W)."""
-    # by storage; holding the tensors keeps a storage's number from being used again
+    # By storage. The tensors are held so that a storage's number is not used again.
     saved: dict[int, Tensor] = {}
     counted: list[int] = []
 
@@ -87,8 +92,9 @@ def cost(model: nn.Module, input_size: Sequence[int]) -> Cost:
 
 
 def seconds(model: nn.Module, input_size: Sequence[int], repeats: int = 3) -> float:
-    """CPU time of a forward and backward pass on one image, the best of ``repeats`` after one to
-    warm up; other processes do not count.
+    """CPU time of a forward and backward pass on one image, without that of other processes.
+
+    It is the best of ``repeats`` passes, after one to warm up.
     """
     images = torch.rand(1, *input_size, generator=torch.Generator().manual_seed(0))
     model.train()
@@ -101,18 +107,31 @@ def seconds(model: nn.Module, input_size: Sequence[int], repeats: int = 3) -> fl
 
 
 def peer(name: str) -> str:
-    """The plain ResNet that a network is compared with; pure networks with one for images of about
-    their size.
+    """Return the name of the plain ResNet that the network ``name`` is compared with.
+
+    That of a hybrid is the one it comes from, that of a pure network stands in ``PURE_PEERS``.
+
+    Raises:
+        UserError: there is no such ResNet.
     """
-    return PURE_PEERS.get(name) or name.removeprefix("coda_")
+    plain = PURE_PEERS.get(name) or name.removeprefix("coda_")
+    if not timm.is_model(plain):
+        raise UserError(
+            f"model {name!r} has no plain network to be compared with: timm has no {plain!r}, "
+            "and PURE_PEERS in pipeline/planning/cost.py has no entry for it"
+        )
+    return plain
 
 
 def table(names: Sequence[str], *, timed: bool) -> str:
-    """Markdown table of ``names`` (of this family) at their default sizes, with a row for every
-    junction; the default one is bold.
+    """Return a Markdown table of this family's networks ``names`` at their default sizes.
 
-    Ratios are to the plain ResNet at the same input size and number of classes. With ``timed`` the
-    last column is measured.
+    Every junction of a hybrid has a row, and the default one is bold. Ratios are to the plain
+    ResNet at the same input size and number of classes. With ``timed`` there is a last column,
+    which is measured.
+
+    Raises:
+        UserError: a network has no plain ResNet to be compared with.
     """
     header = [
         "model",
@@ -144,18 +163,17 @@ def table(names: Sequence[str], *, timed: bool) -> str:
 
 
 def _junctions(default: Any) -> Iterator[tuple[dict[str, int], str]]:
-    """Arguments and label of every junction of a hybrid; of a pure network, only itself."""
+    """Yield arguments and label of every junction of a hybrid; for a pure network, of itself."""
     if not hasattr(default, "conv_stages"):
         yield {}, "–"
         return
-    # the stem is a stage, too
+    # The stem is a stage, too.
     for conv_stages in range(len(default.stage_names)):
-        yield (
-            {"conv_stages": conv_stages},
-            f"**{conv_stages}**" if conv_stages == default.conv_stages else str(conv_stages),
-        )
+        is_default = conv_stages == default.conv_stages
+        yield {"conv_stages": conv_stages}, f"**{conv_stages}**" if is_default else str(conv_stages)
 
 
 def _measure(name: str, size: Sequence[int], timed: bool, **args: Any) -> tuple[Cost, float]:
     counted = cost(timm.create_model(name, device="meta", **args), size)
-    return counted, seconds(timm.create_model(name, **args), size) if timed else 0.0
+    measured = seconds(timm.create_model(name, **args), size) if timed else 0.0
+    return counted, measured

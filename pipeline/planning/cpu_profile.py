@@ -1,4 +1,4 @@
-"""What this machine's processor can do: a profile that is measured once and kept."""
+"""A profile of what this machine's processor can do, measured once and kept."""
 
 import hashlib
 import json
@@ -8,42 +8,46 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import functional
 
 from pipeline.caches import use_local_caches
 from pipeline.files import write_atomically
 from pipeline.planning.dry_run import Operation, trace
 
-# input channels of a stem
+# A convolution with fewer input channels is a narrow one, such as a stem.
 NARROW = 8
 CONVOLUTION_WIDTHS = (16, 32, 64, 128, 256, 512)
 PRODUCT_SIZES = (8, 16, 32, 64, 128, 512)
-# glibc gives blocks of more than 32 MiB back at once
+# glibc gives blocks of more than 32 MiB back at once.
 MAP_BYTES = (2**16, 2**20, 2**22, 2**23, 2**24, 30 * 2**20, 36 * 2**20, 2**27)
 
 
 @dataclass(frozen=True)
 class CPUProfile:
-    """Measured rates of this machine: curves of (size, rate) points, read off between them on
-    logarithmic scales.
-    """
+    """Measured rates of a processor."""
 
     about: str
+    """The processor, the number of threads and torch's version."""
     curves: Mapping[str, Sequence[tuple[float, float]]]
+    """Points (size, rate) by the name of a curve."""
 
     def at(self, curve: str, size: float) -> float:
-        """Rate of ``curve`` at ``size``, constant beyond its ends."""
+        """Read the rate of ``curve`` at ``size``.
+
+        Between two points it is on a straight line on logarithmic scales, and beyond the ends
+        constant.
+        """
         sizes, rates = np.log(np.array(self.curves[curve])).T
         return float(np.exp(np.interp(np.log(max(size, 1)), sizes, rates)))
 
     @property
     def start(self) -> float:
-        """Seconds of an operation that does next to nothing."""
+        """Seconds that an operation takes which does next to nothing."""
         return 1 / self.curves["starts"][0][1]
 
     def seconds(self, operation: Operation) -> float:
@@ -53,27 +57,27 @@ class CPUProfile:
     def _alone(self, operation: Operation) -> float:
         start = self.start
         way = "backward" if operation.backward else "forward"
+        written = operation.written
         if operation.kind == "convolution":
             channels, units, area = operation.shape
-            curve = f"convolution {'narrow' if channels < NARROW else '3x3' if area > 1 else '1x1'} {way}"
+            wide = "3x3" if area > 1 else "1x1"
+            curve = f"convolution {'narrow' if channels < NARROW else wide} {way}"
             return start + operation.multiply_adds / self.at(curve, (channels * units) ** 0.5)
         if operation.kind == "product":
             return start + operation.multiply_adds / self.at("product", min(operation.shape))
         if operation.kind in ("normalisation", "pooling"):
-            return start + operation.bytes / self.at(f"{operation.kind} {way}", operation.written)
-        kind = (
-            "copy"
-            if operation.kind == "copy"
-            else "elementwise new"
-            if operation.fresh
-            else "elementwise in place"
-        )
-        return start + operation.bytes / self.at(kind, operation.written)
+            return start + operation.bytes / self.at(f"{operation.kind} {way}", written)
+        if operation.kind == "copy":
+            curve = "copy"
+        else:
+            curve = "elementwise new" if operation.fresh else "elementwise in place"
+        return start + operation.bytes / self.at(curve, written)
 
 
 def cpu_profile(folder: Path | None = None) -> CPUProfile:
-    """The profile of this machine with the present number of threads: measured in some seconds, and
-    kept in ``folder``.
+    """Read the profile of this machine with the present number of threads, or measure it.
+
+    It is measured in about a minute, and kept in ``folder``: by default that of all caches.
     """
     folder = folder or use_local_caches()
     about = f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -97,9 +101,9 @@ def _processor() -> str:
 
 
 def measure_cpu(rounds: int = 3) -> dict[str, list[tuple[float, float]]]:
-    """Rates of convolutions and products in multiply-adds, of everything else in bytes, per second;
-    the best of some ``rounds``.
+    """Measure all curves: the best of some ``rounds``.
 
+    The rates of convolutions and products are in multiply-adds, all others in bytes, per second.
     Another process that runs for a while disturbs one round, and not all.
     """
     measured = [_curves() for _ in range(rounds)]
@@ -107,23 +111,21 @@ def measure_cpu(rounds: int = 3) -> dict[str, list[tuple[float, float]]]:
         name: [max(points) for points in zip(*(curves[name] for curves in measured), strict=True)]
         for name in measured[0]
     }
-    return {
-        **best,
-        "in sequence": [(1.0, _in_sequence(CPUProfile("", {**best, "in sequence": [(1.0, 1.0)]})))],
-    }
+    alone = CPUProfile("", {**best, "in sequence": [(1.0, 1.0)]})
+    return {**best, "in sequence": [(1.0, _in_sequence(alone))]}
 
 
 def _in_sequence(profile: CPUProfile) -> float:
-    """Speed of operations that follow each other, of that of the same ones by themselves, whose
-    operands stay in the caches.
+    """Measure how fast operations are that follow each other.
 
-    Measured once, on a step of timm's ResNet-10 with 16 images of 64x64, for all models.
+    The speed is relative to that of the same operations by themselves, whose operands stay in the
+    caches. It is measured on one step of timm's ResNet-10 with 16 images of 64x64 pixels, for all
+    models.
     """
-    model, images = timm.create_model("resnet10t", num_classes=10), torch.rand(16, 3, 64, 64)
-    alone = sum(
-        profile.seconds(operation)
-        for operation in trace(_on_meta(), (3, 64, 64), 16, fused=False).operations
-    )
+    model = timm.create_model("resnet10t", num_classes=10)
+    images = torch.rand(16, 3, 64, 64)
+    work = trace(_on_meta(), (3, 64, 64), 16, fused=False)
+    alone = sum(profile.seconds(operation) for operation in work.operations)
     return alone / _seconds(lambda: model.train()(images).sum().backward(), least=1.0)
 
 
@@ -136,18 +138,11 @@ def _curves() -> dict[str, list[tuple[float, float]]]:
     curves: dict[str, list[tuple[float, float]]] = {}
     tiny = torch.ones(4)
     curves["starts"] = [(1.0, 1 / _seconds(lambda: tiny.add(tiny)))]
-    for name, kernel, widths in (
-        ("3x3", 3, CONVOLUTION_WIDTHS),
-        ("1x1", 1, CONVOLUTION_WIDTHS),
-        ("narrow", 3, (16, 64)),
-    ):
-        for width in widths:
-            forward, backward = _convolution(
-                NARROW - 2 if name == "narrow" else width, width, kernel
-            )
-            size = ((NARROW - 2) * width) ** 0.5 if name == "narrow" else width
-            curves.setdefault(f"convolution {name} forward", []).append((size, forward))
-            curves.setdefault(f"convolution {name} backward", []).append((size, backward))
+    for name, kernel in (("3x3", 3), ("1x1", 1)):
+        for width in CONVOLUTION_WIDTHS:
+            _add_convolution(curves, name, width, width, kernel)
+    for width in (16, 64):
+        _add_convolution(curves, "narrow", NARROW - 2, width, 3)
     for size in PRODUCT_SIZES:
         left, right = torch.rand(2048, size), torch.rand(size, 512)
         out = torch.empty(2048, 512)
@@ -159,50 +154,67 @@ def _curves() -> dict[str, list[tuple[float, float]]]:
     return curves
 
 
+def _add_convolution(
+    curves: dict[str, list[tuple[float, float]]], name: str, channels: int, units: int, kernel: int
+) -> None:
+    """Measure a convolution, and add a point to the curves "convolution ``name`` ..."."""
+    forward, backward = _convolution(channels, units, kernel)
+    size = (channels * units) ** 0.5
+    curves.setdefault(f"convolution {name} forward", []).append((size, forward))
+    curves.setdefault(f"convolution {name} backward", []).append((size, backward))
+
+
 def _convolution(channels: int, units: int, kernel: int) -> tuple[float, float]:
-    """Multiply-adds per second, forward and backward, on maps of about a million values, sized as
-    in ResNets.
+    """Measure a convolution on maps of about a million values, sized as in ResNets.
+
+    Returns:
+        Multiply-adds per second, forward and backward.
     """
     side = min(32 if units < 64 else 56, 3584 // units)
     x = torch.rand(2**20 // units // side**2, channels, side, side, requires_grad=True)
     weight = torch.rand(units, channels, kernel, kernel, requires_grad=True)
-    y = F.conv2d(x, weight, padding=kernel // 2)
+    y = functional.conv2d(x, weight, padding=kernel // 2)
     gradient = torch.rand_like(y)
     work = y.numel() * weight[0].numel()
-    forward = _seconds(lambda: F.conv2d(x, weight, padding=kernel // 2))
+    forward = _seconds(lambda: functional.conv2d(x, weight, padding=kernel // 2))
     backward = _seconds(lambda: torch.autograd.grad(y, (x, weight), gradient, retain_graph=True))
     return work / forward, 2 * work / backward
 
 
 def _passes(count: int) -> dict[str, float]:
-    """Bytes per second of passes over maps of ``count`` bytes, 16 channels."""
+    """Measure the bytes per second of passes over maps of ``count`` bytes with 16 channels."""
     x = torch.rand(count // 2**16, 16, 32, 32)
     y, size = torch.rand_like(x), x.numel() * 4
     scale, shift = torch.ones(16, requires_grad=True), torch.zeros(16, requires_grad=True)
     leaf = x.clone().requires_grad_()
-    normalised = F.batch_norm(leaf, None, None, scale, shift, training=True)
-    pooled = F.max_pool2d(leaf, 3, 2, 1)
+    normalised = functional.batch_norm(leaf, None, None, scale, shift, training=True)
+    pooled = functional.max_pool2d(leaf, 3, 2, 1)
     gradient, of_pooled = torch.rand_like(x), torch.rand_like(pooled)
+
+    def normalise() -> Tensor:
+        return functional.batch_norm(x, None, None, scale, shift, training=True)
+
+    def normalise_backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(normalised, leaf, gradient, retain_graph=True)
+
+    def pool_backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(pooled, leaf, of_pooled, retain_graph=True)
+
     return {
         "elementwise new": 3 * size / _seconds(lambda: x + y),
         "elementwise in place": 3 * size / _seconds(lambda: x.mul_(y)),
         "copy": 2 * size / _seconds(lambda: x.permute(0, 2, 3, 1).contiguous()),
-        "normalisation forward": 2
-        * size
-        / _seconds(lambda: F.batch_norm(x, None, None, scale, shift, training=True)),
-        "normalisation backward": 3
-        * size
-        / _seconds(lambda: torch.autograd.grad(normalised, leaf, gradient, retain_graph=True)),
-        "pooling forward": 1.75 * size / _seconds(lambda: F.max_pool2d(x, 3, 2, 1)),
-        "pooling backward": 2.75
-        * size
-        / _seconds(lambda: torch.autograd.grad(pooled, leaf, of_pooled, retain_graph=True)),
+        "normalisation forward": 2 * size / _seconds(normalise),
+        "normalisation backward": 3 * size / _seconds(normalise_backward),
+        "pooling forward": 1.75 * size / _seconds(lambda: functional.max_pool2d(x, 3, 2, 1)),
+        "pooling backward": 2.75 * size / _seconds(pool_backward),
     }
 
 
-def _seconds(run: Callable[[], Any], least: float = 0.1) -> float:
-    """Wall time of one ``run``: the best of five or more, for as many as take ``least`` seconds,
-    after one to warm up.
+def _seconds(run: Callable[[], object], least: float = 0.1) -> float:
+    """Measure the wall time of one ``run``.
+
+    It is the best of five or more, as many as take ``least`` seconds, after one to warm up.
     """
     run()
     times: list[float] = []

@@ -1,6 +1,6 @@
-"""What GPUs can do: their published peaks, and the time of an operation on one.
+"""Published peaks of GPUs, and the time of an operation on one.
 
-Published numbers are of the vendors' data sheets: dense matrix products (without sparsity), one
+The numbers are those of the vendors' data sheets: dense matrix products (without sparsity), one
 direction of the links. Nothing here was measured on a GPU.
 """
 
@@ -14,20 +14,23 @@ class GPU:
     """Published peaks per device. Rates in operations (2 per multiply-add) or bytes per second."""
 
     name: str
+    """As people know it."""
     bf16: float | None
-    """Matrix units, bf16 operands and fp32 sums; None: has none."""
+    """Matrix units, bf16 operands and fp32 sums. None: it has none for bf16."""
     tf32: float
-    """Matrix units, fp32 operands rounded to TF32; where there are none, plain fp32."""
+    """Matrix units, fp32 operands rounded to TF32; plain fp32 where there are none."""
     fp32: float
+    """All other units."""
     bandwidth: float
     """Of its memory."""
     memory: float
-    """Bytes."""
+    """Size of its memory in bytes."""
     link: float
     """To its neighbours in the node."""
     network: float
     """Of its share of the node's network; an assumption, as sites differ."""
     source: str
+    """Where the numbers are published."""
 
     def rate(self, kind: Kind, bf16: bool) -> float:
         """Peak of the units that do an operation of ``kind``."""
@@ -80,23 +83,24 @@ GPUS = {
         "NVIDIA Ada GPU architecture white paper",
     ),
 }
-# Shares of the peaks. With these ResNet-50 on 8 A100 takes 13.6 minutes to train by ffcv-imagenet's
-# 16-epoch schedule (160 to 192 pixels), for which its authors report 14.9 with evaluations; that
-# one number chose those of convolutions and memory, the others are assumptions.
+# Shares of the peaks that are reached. With these, ResNet-50 takes 13.6 minutes to train on 8 A100
+# by ffcv-imagenet's 16-epoch schedule (160 to 192 pixels), for which its authors report 14.9 with
+# evaluations. That one number chose the shares of convolutions and memory; the others are
+# assumptions.
 ATTAINABLE = {"convolution": 0.3, "product": 0.4, "dau": 0.25}
 ATTAINABLE_BANDWIDTH = 0.5
-# seconds of an operation that does next to nothing
+# Seconds of an operation that does next to nothing.
 LAUNCH = 5e-6
 
 
 def gpu_seconds(operation: Operation, gpu: GPU, bf16: bool) -> tuple[float, str]:
-    """Roofline (Williams et al., CACM 2009): the longer of computing and moving, and which of the
-    two it is.
+    """Time ``operation`` by the roofline model (Williams et al., CACM 2009).
+
+    Returns:
+        The longer of computing and moving the operands, and which of the two it is: "compute" or
+        "memory".
     """
-    compute = (
-        2
-        * operation.multiply_adds
-        / (gpu.rate(operation.kind, bf16) * ATTAINABLE.get(operation.kind, 1.0))
-    )
+    rate = gpu.rate(operation.kind, bf16) * ATTAINABLE.get(operation.kind, 1.0)
+    compute = 2 * operation.multiply_adds / rate
     memory = operation.bytes / (gpu.bandwidth * ATTAINABLE_BANDWIDTH)
     return max(compute, memory, LAUNCH), "compute" if compute >= max(memory, LAUNCH) else "memory"

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from family import HYBRIDS
+from models.family import HYBRIDS
 from torch import nn
 
 from pipeline.cli import main
+from pipeline.errors import UserError
 from pipeline.models.dau import DAUConv2d
-from pipeline.planning.cost import cost, dau_multiply_adds, peer, table
+from pipeline.planning.cost import PURE_PEERS, cost, dau_multiply_adds, peer, table
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 
@@ -25,7 +26,7 @@ def test_counts_of_networks_that_are_counted_by_hand():
     counted = cost(net, (3, 8, 8))
     assert counted.parameters == 4 * 27 + 64 * 5 + 5
     assert counted.multiply_adds == 16 * 4 * 27 + 64 * 5
-    # the image, and the rectified map that both ReLU and Linear keep
+    # The image, and the rectified map that both ReLU and Linear keep.
     assert counted.activation_bytes == 4 * (3 * 64 + 4 * 16)
 
 
@@ -62,6 +63,17 @@ def test_the_page_holds_the_commands_table(capsys):
     assert len(counted) == len(written) == 4
     for now, then in zip(counted, written, strict=True):
         assert [cell.strip(" |") for cell in now] == [cell.strip(" |") for cell in then[:8]]
+
+
+def test_a_network_without_a_plain_one_is_a_clear_mistake():
+    assert peer("coda_resnet20") == "resnet20"
+    assert all(timm.is_model(plain) for plain in PURE_PEERS.values())
+    with pytest.raises(UserError, match=r"'coda_xxl'.*PURE_PEERS in pipeline/planning/cost\.py"):
+        peer("coda_xxl")
+
+
+def test_every_network_of_ours_has_a_plain_one():
+    assert all(timm.is_model(peer(name)) for name in timm.list_models("coda_*"))
 
 
 def test_time_is_measured_and_wrong_names_are_one_line(capsys):

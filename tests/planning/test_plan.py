@@ -1,6 +1,4 @@
-"""The dry run counts what is counted by hand, the roofline and the reductions are formulas, and
-mistakes are one line.
-"""
+"""The dry run counts what is counted by hand, and times follow formulas."""
 
 import dataclasses
 from pathlib import Path
@@ -10,13 +8,17 @@ import timm
 import torch
 from torch import nn
 
-import pipeline  # noqa: F401  registers the CoDA models
+# Registers the CoDA models.
+import pipeline  # noqa: F401
 from pipeline.cli import main
+from pipeline.planning.cluster import Cluster
 from pipeline.planning.cost import cost
+from pipeline.planning.cpu_plan import cpu_step
 from pipeline.planning.cpu_profile import CPUProfile
 from pipeline.planning.dry_run import Operation, trace
 from pipeline.planning.gpus import ATTAINABLE, ATTAINABLE_BANDWIDTH, GPUS, gpu_seconds
-from pipeline.planning.plan import Cluster, Plan, cpu_step, update_products
+from pipeline.planning.plan import Plan
+from pipeline.planning.update import update_products
 from pipeline.recipe.load import load
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "cifar10_coda_resnet20.yaml"
@@ -29,7 +31,7 @@ def test_a_dry_run_counts_and_keeps_what_is_counted_by_hand():
     ).to("meta")
     work = trace(net, (3, 8, 8), 2, fused=True)
     convolution, linear = 2 * 64 * 4 * 27, 2 * 256 * 5
-    # the image needs no gradient
+    # The image needs no gradient.
     assert work.multiply_adds == convolution * 2 + linear * 3
     image, feature_map = 4 * 2 * 3 * 64, 4 * 2 * 4 * 64
     assert image + 2 * feature_map <= work.peak_bytes <= image + 5 * feature_map
@@ -46,7 +48,7 @@ def test_fused_and_chunked_layers_multiply_alike(name):
     )
     forward = 2 * cost(model, (3, 16, 16)).multiply_adds
     assert 2.5 * forward < fused < 4.5 * forward
-    # by unit it saves the norm's products, by rank it factorises A
+    # By unit a layer saves the norm's products, by rank it factorises A.
     assert chunked == pytest.approx(fused, rel=0.35)
 
 
@@ -84,15 +86,13 @@ def test_memory_grows_with_the_batch_and_zero_shards_it():
         load(RECIPE, ["training.zero_stage=2", "training.weight_average=0.99"])
     ).state_bytes(8)
     whole = plan.state_bytes(8)
-    assert (
-        sharded["optimiser"] == whole["optimiser"] / 8
-        and sharded["gradients"] == whole["gradients"] / 8
-    )
+    assert sharded["optimiser"] == whole["optimiser"] / 8
+    assert sharded["gradients"] == whole["gradients"] / 8
     assert sharded["weight average"] == whole["weights"]
 
 
 def test_an_update_of_muon_multiplies_matrices_as_counted_by_hand():
-    # matrices of 6 x 36 and 2 x 5; biases are none
+    # Two matrices, 6 x 36 and 2 x 5; biases do not count.
     net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Linear(5, 2)).to("meta")
     counted = 5 * (2 * 6 * 6 * 36 + 6**3 + 2 * 2 * 2 * 5 + 2**3)
     assert sum(operation.multiply_adds for operation in update_products(net, "muon")) == counted
@@ -106,7 +106,8 @@ def test_an_update_of_muon_multiplies_matrices_as_counted_by_hand():
 def test_a_batch_that_does_not_fit_is_said_with_one_that_does():
     small = dataclasses.replace(H100, memory=3e9)
     text = Plan(load(RECIPE, ["training.global_batch_size=4096"])).report(Cluster(1, 1, small))
-    assert "DOES NOT FIT" in text and "training.micro_batch_size=" in text
+    assert "DOES NOT FIT" in text
+    assert "training.micro_batch_size=" in text
 
 
 def test_steps_follow_a_profile():
@@ -127,9 +128,8 @@ def test_steps_follow_a_profile():
             **{name: [(1, 1e9), (100, 4e9)] for name in curves},
         },
     )
-    assert profile.at("copy", 10) == pytest.approx(2e9) and profile.at(
-        "copy", 10**6
-    ) == pytest.approx(4e9)
+    assert profile.at("copy", 10) == pytest.approx(2e9)
+    assert profile.at("copy", 10**6) == pytest.approx(4e9)
     model = timm.create_model("resnet20", device="meta")
     seconds, peak = cpu_step(model, (3, 32, 32), 8, profile)
     work = trace(model, (3, 32, 32), 8, fused=False)
@@ -140,12 +140,7 @@ def test_steps_follow_a_profile():
 def test_the_command(capsys):
     assert main(["plan", str(RECIPE), "--gpu", "a100", "--nodes", "2"]) == 0
     text = capsys.readouterr().out
-    assert (
-        "2 x 8 A100" in text
-        and "GPU-hours" in text
-        and "| 4,096 |" in text
-        and "assumptions:" in text
-    )
+    assert all(part in text for part in ("2 x 8 A100", "GPU-hours", "| 4,096 |", "assumptions:"))
     assert main(["plan", str(RECIPE), "--gpu", "b900"]) == 2
     assert "valid: h200, h100" in capsys.readouterr().err
 
@@ -161,4 +156,5 @@ def test_the_command(capsys):
 )
 def test_mistakes_are_one_line(arguments, message, capsys):
     assert main(["plan", str(RECIPE), *arguments]) == 2
-    assert message in capsys.readouterr().err and torch.get_default_device() == torch.device("cpu")
+    assert message in capsys.readouterr().err
+    assert torch.get_default_device() == torch.device("cpu")
