@@ -1,14 +1,13 @@
-"""What a training step computes, moves and keeps, operation by operation, from a dry run on the
-meta device.
+"""Dry run of a training step: what it computes, moves and keeps, operation by operation.
 
-The dry run is a forward and a backward pass over tensors that have shapes and no values: every
-operation that torch would run is seen with its operands, in its order, and storages are counted
-from their birth to their death, which gives the peak.
+The dry run is a forward and a backward pass over tensors on the meta device, which have shapes but
+no values. It sees every operation that torch would run, with its operands and in its order, and
+counts storages from their birth to their death, which gives the peak.
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,10 +16,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.models.dau import functional
+from pipeline.models.dau.chunked import Gradients, Needs
 from pipeline.models.dau.fused import MAX_RANK
+from pipeline.models.dau.kernels import use_kernels
 
 Kind = Literal["convolution", "product", "dau", "normalisation", "pooling", "copy", "elementwise"]
+# Kinds by torch's names of operations; every other operation is elementwise.
 KINDS: dict[str, Kind] = {
     "convolution": "convolution",
     "convolution_backward": "convolution",
@@ -44,50 +45,59 @@ class Operation:
     """One operation of a step."""
 
     kind: Kind
+    """What the operation does."""
     backward: bool
-    """Whether the gradient of a convolution, normalisation or pooling."""
+    """Whether it is the gradient of a convolution, normalisation or pooling."""
     multiply_adds: int
+    """Multiply-adds of convolutions, products and DAUs; 0 for the others."""
     bytes: int
-    """Read and written."""
+    """Bytes read and written."""
     written: int
     """Bytes of the largest result."""
     fresh: bool
     """Whether the result is new memory."""
     shape: tuple[int, ...] = ()
-    """Of a convolution (input channels of a group, output channels, kernel area); of a product (m,
-    k, n).
+    """Sizes that decide the speed.
+
+    (input channels of a group, output channels, kernel area) of a convolution; (m, k, n) of a
+    product; (values of a patch, rank, units) of a DAU.
     """
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one forward and backward pass over ``images`` images."""
+    """The work of one forward and backward pass."""
 
     images: int
+    """Images in the batch."""
     operations: tuple[Operation, ...]
+    """Operations in the order in which they run."""
     peak_bytes: int
-    """Of all that is alive at once, without parameters, buffers and gradients."""
+    """Most bytes alive at once, without parameters, buffers and gradients."""
 
     @property
     def multiply_adds(self) -> int:
+        """Multiply-adds of all operations."""
         return sum(operation.multiply_adds for operation in self.operations)
 
 
 def trace(model: nn.Module, input_size: Sequence[int], images: int, *, fused: bool) -> Work:
-    """The work of ``model``, which is on the meta device, on ``images`` images of ``input_size``
-    (C, H, W).
+    """Record the work of a training step of a model on the meta device.
 
     Args:
+        model: on the meta device.
+        input_size: (C, H, W) of an image.
+        images: size of the batch.
         fused: whether a DAU is one operation, as in its CUDA kernels, or the many of ``chunked``,
             as on a processor.
     """
     parameters = list(model.parameters())
     for parameter in parameters:
-        # so that the gradients are not counted among what is alive
+        # With gradients in place, a step makes none that would count as alive.
         parameter.grad = torch.empty_like(parameter)
     x = torch.empty(images, *input_size, device="meta", dtype=parameters[0].dtype)
-    recorder = _Recorder([*parameters, *model.buffers()])
-    with _fused(recorder) if fused else nullcontext(), recorder:
+    recorder = _Recorder()
+    with use_kernels(_FusedKernels(recorder)) if fused else nullcontext(), recorder:
         logits = model.train()(x)
         logits.backward(torch.empty_like(logits))
     for parameter in parameters:
@@ -95,15 +105,15 @@ def trace(model: nn.Module, input_size: Sequence[int], images: int, *, fused: bo
     return Work(images, tuple(recorder.operations), recorder.peak)
 
 
-class _Recorder(TorchDispatchMode):
-    """Notes every operation, and what is alive."""
+# torch does not type the constructor and the subclass hook of TorchDispatchMode.
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records every operation and the bytes of its results that are alive."""
 
-    def __init__(self, permanent: Sequence[Tensor]):
-        super().__init__()
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
         self.alive = self.peak = 0
-        self._sizes: dict[weakref.ref, int] = {}
-        self._permanent = {tensor.untyped_storage()._cdata for tensor in permanent}
+        self._sizes: dict[weakref.ref[torch.UntypedStorage], int] = {}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -116,13 +126,14 @@ class _Recorder(TorchDispatchMode):
         for tensor in new:
             self._born(tensor)
         name = function._opname
-        # reserves memory, or is a view
+        # A silent operation only reserves memory or makes a view.
         silent = "empty" in name or (not new and not function._schema.is_mutable)
         if made and not silent:
             self.operations.append(_operation(name, args, given, made, bool(new)))
         return results
 
     def add(self, operation: Operation) -> None:
+        """Record an operation that no call of torch stands for."""
         self.operations.append(operation)
 
     def _born(self, tensor: Tensor) -> None:
@@ -133,7 +144,7 @@ class _Recorder(TorchDispatchMode):
             self.alive += storage.nbytes()
             self.peak = max(self.peak, self.alive)
 
-    def _died(self, reference: weakref.ref) -> None:
+    def _died(self, reference: weakref.ref[torch.UntypedStorage]) -> None:
         self.alive -= self._sizes.pop(reference, 0)
 
 
@@ -159,26 +170,15 @@ def _operation(
 
 
 def _bytes(tensor: Tensor) -> int:
-    """What a pass over ``tensor`` touches; a broadcast one touches its storage."""
+    """Bytes that a pass over ``tensor`` touches: of a broadcast one, only its storage."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
-@contextmanager
-def _fused(recorder: _Recorder) -> Iterator[None]:
-    """In this block a DAU's products are one operation for each pass, which touches its operands
-    once (docs/triton.md).
-    """
-    original = functional._kernels
-    functional._kernels = lambda weight: _FusedKernels(recorder)
-    try:
-        yield
-    finally:
-        functional._kernels = original
-
-
 class _FusedKernels:
-    """Results of the DAU's kernels without their computation; the products are those of the
-    formulation by rank.
+    """Kernels that give results of the right shape and record the work of the CUDA kernels.
+
+    A DAU's products are one operation in each pass, which touches its operands once
+    (docs/triton.md). The multiply-adds are those of the formulation by rank.
     """
 
     def __init__(self, recorder: _Recorder):
@@ -187,10 +187,10 @@ class _FusedKernels:
     def forward(
         self, rows: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, with_norm: bool
     ) -> tuple[Tensor, Tensor | None]:
-        dot = rows.new_empty(
-            len(rows), len(weight), dtype=torch.promote_types(rows.dtype, torch.float32)
-        )
-        self._note(rows, z, weight, bias, False, with_norm)
+        exact = torch.promote_types(rows.dtype, torch.float32)
+        dot = rows.new_empty(len(rows), len(weight), dtype=exact)
+        of_dot, of_norm = _products(weight, bias, with_norm)
+        self._record(rows, z, weight, False, of_dot + of_norm)
         return dot, torch.empty_like(dot) if with_norm else None
 
     def backward(
@@ -201,45 +201,51 @@ class _FusedKernels:
         bias: Tensor | None,
         grad_dot: Tensor,
         grad_norm2: Tensor | None,
-        needs: Any,
-    ) -> Any:
-        self._note(rows, z, weight, bias, True, grad_norm2 is not None)
-        operands = (rows, z, weight, bias)
-        return tuple(
-            torch.empty_like(operand) if need and operand is not None else None
-            for need, operand in zip(needs, operands, strict=True)
+        needs: Needs,
+    ) -> Gradients:
+        of_dot, of_norm = _products(weight, bias, grad_norm2 is not None)
+        self._record(rows, z, weight, True, 3 * of_dot + 2 * of_norm)
+        needs_rows, needs_z, needs_weight, needs_bias = needs
+        return (
+            torch.empty_like(rows) if needs_rows else None,
+            torch.empty_like(z) if needs_z else None,
+            torch.empty_like(weight) if needs_weight else None,
+            torch.empty_like(bias) if needs_bias and bias is not None else None,
         )
 
-    def _note(
-        self,
-        rows: Tensor,
-        z: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        backward: bool,
-        with_norm: bool,
+    def explain(self, z: Tensor, weight: Tensor, bias: Tensor | None, grad_dot: Tensor) -> Tensor:
+        exact = torch.promote_types(z.dtype, torch.float32)
+        explanations = z.new_empty(len(grad_dot), len(z), weight.shape[1], dtype=exact)  # (K, N, d)
+        of_dot, _ = _products(weight, bias, False)
+        for of_target in explanations:
+            self._record(of_target, z, weight, True, of_dot)
+        return explanations
+
+    def _record(
+        self, rows: Tensor, z: Tensor, weight: Tensor, backward: bool, per_position: int
     ) -> None:
+        """Record one pass; ``per_position`` counts the multiply-adds of one position."""
         units, values, rank = weight.shape
-        biased = rank + (bias is not None)
-        of_dot, of_norm = (
-            units * (values * biased + rank),
-            units * min(values, biased) * biased if with_norm else 0,
-        )
-        per_position = 3 * of_dot + 2 * of_norm if backward else of_dot + of_norm
-        touched = (2 if backward else 1) * sum(
-            _bytes(operand) for operand in (rows, z, weight)
-        ) + 8 * len(rows) * units
-        # products of a chunk go through memory instead: about seven passes over them in a step
+        operands = sum(_bytes(operand) for operand in (rows, z, weight))
+        # dot and norm2, or their gradients, in fp32
+        outputs = 8 * len(rows) * units
+        touched = (2 if backward else 1) * operands + outputs
         if rank > MAX_RANK:
-            touched += (5 if backward else 2) * len(rows) * rank * units * rows.element_size()
+            # The chunked kernels run here: the products of a chunk pass through memory, about seven
+            # times in a step.
+            products = len(rows) * rank * units * rows.element_size()
+            touched += (5 if backward else 2) * products
+        shape = (values, rank, units)
+        multiply_adds = per_position * len(rows)
         self.recorder.add(
-            Operation(
-                "dau",
-                backward,
-                per_position * len(rows),
-                touched,
-                _bytes(rows),
-                True,
-                (values, rank, units),
-            )
+            Operation("dau", backward, multiply_adds, touched, _bytes(rows), True, shape)
         )
+
+
+def _products(weight: Tensor, bias: Tensor | None, with_norm: bool) -> tuple[int, int]:
+    """Multiply-adds of one position for the dot product and for the norm (0 if not wanted)."""
+    units, values, rank = weight.shape
+    biased = rank + (bias is not None)
+    of_dot = units * (values * biased + rank)
+    of_norm = units * min(values, biased) * biased if with_norm else 0
+    return of_dot, of_norm

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import run_on
 from torch import nn
-from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.dau import DAUConv2d, chunked, functional
@@ -366,15 +365,6 @@ def _gradients_on_two(rank, size, port, folder):
 def test_data_parallel_gradients_are_those_of_the_whole_batch(tmp_path):
     run_on(2, _gradients_on_two, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_without_fused_kernels_cuda_takes_the_chunked_path_and_says_why():
-    if torch.cuda.is_available():
-        pytest.skip("this machine has CUDA, where the fused kernels may be used")
-    with FakeTensorMode():
-        weight = torch.empty(4, 27, 2, device="cuda")
-    with pytest.warns(UserWarning, match="fused DAU kernels are not used on cuda"):
-        assert functional._kernels(weight) is chunked
 
 
 @pytest.mark.parametrize(("argument", "value"), [("norm", "l3"), ("rank", 0)])

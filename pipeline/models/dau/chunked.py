@@ -36,6 +36,7 @@ PASS_COST = 8
 # of the QR factorisation, in the same per number and column; it is far from the speed of a product
 FACTOR_COST = 40
 
+Needs = tuple[bool, bool, bool, bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -66,7 +67,7 @@ def backward(
     bias: Tensor | None,
     grad_dot: Tensor,
     grad_norm2: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
+    needs: Needs,
 ) -> Gradients:
     """Gradients of :func:`forward`, each None unless ``needs`` asks for it.
 
@@ -209,7 +210,7 @@ def _backward_by_rank(
     bias: Tensor | None,
     grad_dot: Tensor,
     grad_norm2: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
+    needs: Needs,
 ) -> Gradients:
     needs_rows, needs_z, needs_weight, needs_bias = needs
     units, values, rank = weight.shape
@@ -297,7 +298,7 @@ def _backward_by_unit(
     bias: Tensor | None,
     grad_dot: Tensor,
     grad_norm2: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
+    needs: Needs,
 ) -> Gradients:
     needs_rows, needs_z, needs_weight, needs_bias = needs
     grad_rows = torch.zeros_like(rows) if needs_rows else None
