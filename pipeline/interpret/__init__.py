@@ -1,3 +1,4 @@
-"""Explanations of any model and the metrics on them; knows models by duck typing only (see
-``explain.parts``).
+"""Explanations of any model, and the metrics that judge them.
+
+What is asked of a model is in ``network``. Only ``alignment`` knows the DAU layer itself.
 """

@@ -1,4 +1,4 @@
-"""The former place of ``pipeline.interpret.contributions``, whose public names are also here."""
+"""The former place of ``pipeline.interpret.contributions``, kept for users' code."""
 
 from pipeline.interpret.contributions import contributions, explanation_mode
 

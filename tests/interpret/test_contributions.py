@@ -20,6 +20,7 @@ from pipeline.interpret.contributions import (
     explanation_mode,
     layer_contributions,
 )
+from pipeline.interpret.network import dynamic_modules, explaining
 
 
 def slow_contributions(model: nn.Module, images: Tensor, target: int, at: str) -> Tensor:
@@ -186,6 +187,19 @@ def test_explanation_mode_restores_each_flag_nested_and_on_errors():
             raise RuntimeError("planted")
         assert flags(model) == inside
     assert flags(model) == found
+
+
+def test_some_dynamic_modules_explain_and_the_others_are_left_alone():
+    """As a penalty on dynamic weights needs it: in training, and of the modules it has found."""
+    model = PlantedCoDA(conventional=True).train()
+    dynamic = dynamic_modules(model)
+    assert dynamic == [*model.stage1, *model.stage2, model.head]
+    before = flags(model)
+    with pytest.raises(RuntimeError, match="planted"), explaining([*model.stem, *dynamic[:2]]):
+        assert [module.explaining for module in dynamic] == [True, True, False, False]
+        assert all(module.training for module in model.modules())
+        raise RuntimeError("planted")
+    assert flags(model) == before
 
 
 @pytest.mark.parametrize(
