@@ -1,0 +1,1 @@
+"""The networks, registered in timm, and the layer they are made of."""

@@ -127,7 +127,9 @@ class _DynamicDot(torch.autograd.Function):
         return kernels_for(weight).forward(unfold(x, geometry), z, weight, bias, with_norm)
 
     @staticmethod
-    def backward(ctx: Any, grad_dot: Tensor, grad_norm2: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_dot: Tensor, grad_norm2: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         x, z, weight, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
         if ctx.owner.explaining:
@@ -137,14 +139,10 @@ class _DynamicDot(torch.autograd.Function):
             return explanation, *[None] * 6
         if torch.is_grad_enabled():
             raise RuntimeError("DAUConv2d is differentiable once, except in explanation mode")
+        rows = unfold(x, ctx.geometry)
+        grad_norm2 = grad_norm2 if ctx.with_norm else None
         grad_rows, *others = kernels_for(weight).backward(
-            unfold(x, ctx.geometry),
-            z,
-            weight,
-            bias,
-            grad_dot,
-            grad_norm2 if ctx.with_norm else None,
-            needs,
+            rows, z, weight, bias, grad_dot, grad_norm2, needs
         )
         grad_x = None if grad_rows is None else fold(grad_rows, x.shape, ctx.geometry)
         return grad_x, *others, None, None, None

@@ -1,4 +1,7 @@
-"""The Dynamic Alignment Unit as a convolution (Böhle, Fritz, Schiele, arXiv 2109.13004, section 3)."""
+"""The Dynamic Alignment Unit as a convolution.
+
+Source: Böhle, Fritz, Schiele, arXiv 2109.13004, section 3.
+"""
 
 import math
 from typing import Literal, get_args
@@ -9,7 +12,8 @@ from torch import Tensor, nn
 from pipeline.models.dau.functional import Geometry, dynamic_dot, quotient
 
 Norm = Literal["sq", "l2", "wb"]
-# below it a weight counts as zero: its rescaling is constant there, so that gradients stay finite
+# A weight with a smaller squared norm counts as zero: its rescaling is constant there, so that
+# gradients stay finite.
 NORM2_FLOOR = 1e-12
 
 
@@ -29,23 +33,45 @@ class DAUConv2d(nn.Module):
     * ``"l2"``: norm 1, y = <w, x> / |w|;
     * ``"sq"``: squashing, norm |w|^2 / (1 + |w|^2), y = <w, x> |w| / (1 + |w|^2);
     * ``"wb"``: the bound |A_o z| <= |A_o|_F |z| instead of the norm, y = <w, x> / (|A_o|_F |z|);
-        has no bias b.
+      has no bias b.
+
+    >>> layer = DAUConv2d(6, 16, kernel_size=3, padding=1, rank=4)
+    >>> x = torch.rand(2, 6, 32, 32, requires_grad=True)
+    >>> y = layer(x)
+    >>> y.shape
+    torch.Size([2, 16, 32, 32])
+    >>> layer.explaining = True  # Hold the dynamic weights fixed in the backward pass.
+    >>> y.sum().backward()
+    >>> torch.allclose((x * x.grad).sum(), y.sum(), rtol=1e-3)  # The map is linear: exact.
+    True
 
     Shape: (B, in_channels, H, W) -> (B, out_channels, H', W') with H', W' as in ``nn.Conv2d``.
-        Computes and answers in the
-    parameters' precision even under autocast, the norm at least in fp32; only on CUDA, bf16
-    autocast makes bf16 the operands of the large products. Differentiable once, but see
-    ``explaining``.
+    The layer computes and answers in the parameters' precision even under autocast, the norm at
+    least in fp32; only on CUDA, bf16 autocast makes bf16 the operands of the large products. It is
+    differentiable once, but see ``explaining``.
 
-    Parameters ``down.weight`` is B (rank, in_channels, k, k); ``up_weight`` is A (out_channels, k *
-    k * in_channels, rank); ``up_bias`` is b (out_channels, k * k * in_channels) or None. Values of
-    a patch are ordered row, column, channel.
+    Parameters: ``down.weight`` is B (rank, in_channels, k, k); ``up_weight`` is A (out_channels,
+    k * k * in_channels, rank); ``up_bias`` is b (out_channels, k * k * in_channels) or None. Values
+    of a patch are ordered row, column, channel.
 
-    Attribute ``explaining``: while True, the dynamic weights are constants of a backward pass
+    Attribute ``explaining``: while it is True, the dynamic weights are constants of a backward pass
     (explanation mode), so that the layer is exactly linear in its input and input x gradient gives
     exact contributions. That gradient, sum_o a_o w_o, may itself be differentiated once more, by a
     pass with ``explaining`` False: a loss can be put on it.
+
+    Args:
+        in_channels: of the input.
+        out_channels: number of units.
+        kernel_size: height and width of a patch.
+        stride: distance between neighbouring patches.
+        padding: width of the border of zeros around the input.
+        rank: of the matrices A_o B, whole and at least 1.
+        norm: which g.
+        bias: whether there is a b.
     """
+
+    up_weight: nn.Parameter
+    up_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -64,12 +90,13 @@ class DAUConv2d(nn.Module):
             raise ValueError(f"norm is {norm!r}; valid: {', '.join(get_args(Norm))}")
         require_whole(rank=rank)
         fan_in = in_channels * kernel_size**2
-        self.in_channels, self.out_channels, self.kernel_size = (
-            in_channels,
-            out_channels,
-            kernel_size,
-        )
-        self.stride, self.padding, self.rank, self.norm = stride, padding, rank, norm
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
+        self.rank = rank
+        self.norm = norm
         self.explaining = False
         self.down = nn.Conv2d(
             in_channels, rank, kernel_size, stride=stride, padding=padding, bias=False
@@ -81,8 +108,9 @@ class DAUConv2d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw A, B and b as ``nn.Conv2d`` would in the official two-convolution form: uniform in
-        +- 1/sqrt(fan in).
+        """Draw A, B and b as ``nn.Conv2d`` would in the official two-convolution form.
+
+        They are uniform in +- 1/sqrt(fan in).
         """
         self.down.reset_parameters()
         for parameter in (self.up_weight, self.up_bias):
@@ -90,14 +118,16 @@ class DAUConv2d(nn.Module):
                 nn.init.uniform_(parameter, -1 / math.sqrt(self.rank), 1 / math.sqrt(self.rank))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute y (B, out_channels, H', W') of ``x`` (B, in_channels, H, W)."""
         device = "cpu" if x.device.type == "meta" else x.device.type
-        own, exact = self.up_weight.dtype, torch.promote_types(self.up_weight.dtype, torch.float32)
+        own = self.up_weight.dtype
+        exact = torch.promote_types(own, torch.float32)
+        # bf16 operands of the large products; a CPU gains nothing from them.
         fast = (
             device == "cuda"
             and torch.is_autocast_enabled(device)
             and torch.get_autocast_dtype(device) == torch.bfloat16
         )
-        # of the large products; a CPU gains nothing from bf16
         operands = torch.bfloat16 if fast else exact
         with torch.autocast(device, enabled=False):
             x = x.to(own)
@@ -105,29 +135,28 @@ class DAUConv2d(nn.Module):
             z = z_map.permute(0, 2, 3, 1).reshape(-1, self.rank)  # (N, r)
             weight: Tensor = self.up_weight
             bias: Tensor | None = self.up_bias
-            geometry = Geometry(self.kernel_size, self.stride, self.padding)
-            bias_operand = None if bias is None else bias.to(operands)
             dot, norm2 = dynamic_dot(
                 x.to(operands),
                 z.to(operands),
                 weight.to(operands),
-                bias_operand,
-                geometry,
+                None if bias is None else bias.to(operands),
+                Geometry(self.kernel_size, self.stride, self.padding),
                 self.norm != "wb",
                 self,
             )
             if norm2 is None:
-                # (N, 1) * (O,)
-                norm2 = z.to(exact).square().sum(1, keepdim=True) * weight.to(exact).square().sum(
-                    (1, 2)
-                )
+                norm2_z = z.to(exact).square().sum(1, keepdim=True)  # (N, 1)
+                norm2_a = weight.to(exact).square().sum((1, 2))  # (O,)
+                norm2 = norm2_z * norm2_a
             norm = norm2.clamp_min(NORM2_FLOOR).sqrt()
-            y = quotient(dot, norm + 1 / norm if self.norm == "sq" else norm, self)
+            y: Tensor = quotient(dot, norm + 1 / norm if self.norm == "sq" else norm, self)
             # (N, O) -> (B, O, H', W')
             return y.to(own).view(len(x), *z_map.shape[2:], -1).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
+        """Describe the layer as ``nn.Conv2d`` describes itself."""
         return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, rank={self.rank}, norm={self.norm}, bias={self.up_bias is not None}"
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, rank={self.rank}, "
+            f"norm={self.norm}, bias={self.up_bias is not None}"
         )
