@@ -1,10 +1,8 @@
-"""Alignment: how well the dynamic weights of DAU layers align with their inputs, cos(w, x) for
-every unit and position.
+"""Alignment: the cosine between dynamic weights and inputs of DAU layers, for units and positions.
 
 Source: Böhle, Fritz, Schiele, arXiv 2109.13004: a unit gets a large output only by aligning w with
-    x, and training is meant to
-bring that about. The cosine is dot / (|w| |x|) of the layer's own kernels; the dynamic weights
-themselves are never held.
+x, and training is meant to bring that about. The cosine is dot / (|w| |x|) from the layer's own
+kernels, so the dynamic weights themselves are never held.
 """
 
 from collections.abc import Callable
@@ -12,43 +10,52 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import conv2d
 
-from pipeline.interpret.contributions import explanation_mode
+from pipeline.interpret.network import explanation_mode
 from pipeline.models.dau import DAUConv2d
 from pipeline.models.dau.functional import Geometry, dynamic_dot
 from pipeline.models.dau.layer import NORM2_FLOOR
 
-# of the histogram over [-1, 1]: quartiles to 0.001
+# Bins of a histogram over [-1, 1], which gives quartiles to 0.001.
 BINS = 2000
 QUARTILES = (0.25, 0.5, 0.75)
 
 
 def cosines(layer: DAUConv2d, x: Tensor) -> Tensor:
-    """cos(w_o, x) of every unit at every position of the input ``x`` (B, C, H, W): (N, O); NaN
-    where w or the patch is 0.
+    """Compute cos(w_o, x) of every unit at every position of a layer's input.
+
+    Args:
+        layer: of O units.
+        x: input (B, C, H, W) with N positions.
+
+    Returns:
+        (N, O); NaN where w or the patch is 0.
     """
     geometry = Geometry(layer.kernel_size, layer.stride, layer.padding)
     z = layer.down(x).permute(0, 2, 3, 1).reshape(-1, layer.rank)  # (B, r, H', W') -> (N, r)
     dot, norm2 = dynamic_dot(x, z, layer.up_weight, layer.up_bias, geometry, True, layer)
     window = x.new_ones(1, 1, layer.kernel_size, layer.kernel_size)
-    # |patch|^2
-    size2 = F.conv2d(
-        x.square().sum(1, keepdim=True), window, stride=layer.stride, padding=layer.padding
-    )
+    energy = x.square().sum(1, keepdim=True)  # (B, 1, H, W)
+    # |patch|^2 as (B, 1, H', W')
+    size2 = conv2d(energy, window, stride=layer.stride, padding=layer.padding)
     product = norm2 * size2.reshape(-1, 1)
     return torch.where(product > NORM2_FLOOR**2, (dot / product.sqrt()).clamp(-1, 1), torch.nan)
 
 
 @torch.no_grad()
 def alignment_histograms(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Histogram (BINS,) in float64 over [-1, 1] of cos(w, x) for each DAU layer by name, from the
-    output back to the input.
+    """Count cos(w, x) over [-1, 1] for each DAU layer.
 
-    Histograms of several batches or processes add up. Empty for a model without DAU layers.
+    Histograms of several batches or processes add up.
 
     Args:
+        model: any classifier.
         images: (B, 3, H, W), RGB in [0, 1].
+
+    Returns:
+        Histograms (BINS,) in float64 by the layer's name, from the output back to the input; empty
+        for a model without DAU layers.
     """
     histograms: dict[str, Tensor] = {}
 
@@ -70,8 +77,9 @@ def alignment_histograms(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 def distribution(histogram: Tensor) -> dict[str, float]:
-    """``mean``, ``q25``, ``median`` and ``q75`` of a histogram over [-1, 1], (bins,); exact to 2 /
-    bins. NaN for an empty one.
+    """Compute ``mean``, ``q25``, ``median`` and ``q75`` of a histogram (bins,) over [-1, 1].
+
+    They are exact to 2 / bins, and NaN for an empty histogram.
     """
     width = 2 / len(histogram)
     centres = -1 + width * (
@@ -82,7 +90,6 @@ def distribution(histogram: Tensor) -> dict[str, float]:
         return dict.fromkeys(("mean", "q25", "median", "q75"), float("nan"))
     cumulated = histogram.cumsum(0)
     places = [int((cumulated < share * total).sum()) for share in QUARTILES]
-    quartiles = dict(
-        zip(("q25", "median", "q75"), (centres[place].item() for place in places), strict=True)
-    )
-    return {"mean": ((histogram * centres).sum() / total).item(), **quartiles}
+    q25, median, q75 = (centres[place].item() for place in places)
+    mean = ((histogram * centres).sum() / total).item()
+    return {"mean": mean, "q25": q25, "median": median, "q75": q75}

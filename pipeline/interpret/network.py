@@ -37,6 +37,18 @@ def parts(model: nn.Module) -> Parts:
     )
 
 
+class Encoded(nn.Module):
+    """A model from its encoding on: encoded images to one logit per class."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, encoded: Tensor) -> Tensor:
+        """Compute the logits (B, classes) of encoded images (B, C, H, W)."""
+        return parts(self.model).forward_encoded(encoded)
+
+
 class Dynamic(Protocol):
     """The side of a dynamic module that explanations use."""
 

@@ -1,8 +1,8 @@
 """Grid pointing game: does the explanation of a class point to the tile that shows it?
 
-Source: Böhle, Fritz, Schiele, arXiv 2109.13004, "localisation metric", as in the official
-    evaluation but for two things:
-sampling goes on while enough classes have images left, and grids are row-major. Chance is 1 / n².
+Source: Böhle, Fritz, Schiele, arXiv 2109.13004, "localisation metric". It differs from the official
+evaluation in two things: sampling goes on while enough classes have images left, and grids are
+row-major. Chance is 1 / n².
 """
 
 import logging
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def localisation_scores(maps: Tensor, n: int) -> Tensor:
-    """Share of each map's positive mass that lies inside the cell of the class it explains.
+    """Compute the share of each map's positive mass inside the cell of the class it explains.
 
     Maps are scored at their own resolution. Where n does not divide a side, every position is first
     repeated n times along it (nearest up-sampling), which splits a position between the cells it
@@ -24,6 +24,7 @@ def localisation_scores(maps: Tensor, n: int) -> Tensor:
     Args:
         maps: (G, n², n·h, n·w), already summed over channels; map k of a grid explains the class in
             cell k (row-major).
+        n: grids have n x n cells.
 
     Returns:
         (G, n²) shares in [0, 1]; 0 for a map without positive mass, NaN for a map with a NaN.
@@ -36,7 +37,8 @@ def localisation_scores(maps: Tensor, n: int) -> Tensor:
     for side in (2, 3):
         if positive.shape[side] % n:
             positive = positive.repeat_interleave(n, dim=side)
-    cells = positive.unflatten(3, (n, -1)).unflatten(2, (n, -1))  # (G, n², n, h, n, w)
+    cells = torch.unflatten(positive, 3, (n, -1))
+    cells = torch.unflatten(cells, 2, (n, -1))  # (G, n², n, h, n, w)
     mass = cells.sum(dim=(3, 5)).flatten(2)  # (G, map, cell)
     total = mass.sum(dim=2)
     return mass.diagonal(dim1=1, dim2=2) / torch.where(total == 0, 1, total)
@@ -61,6 +63,8 @@ def choose_grids(
         label_logits: (N,) logit of each sample's own label.
         labels: (N,) int64.
         predictions: (N,) int64, the class with the highest logit.
+        n: grids have n x n cells.
+        grids: how many are wanted.
         generator: on the CPU; the choice depends on its state and on the other arguments alone.
 
     Returns:
@@ -69,8 +73,11 @@ def choose_grids(
     label_logits, labels, predictions = label_logits.cpu(), labels.cpu(), predictions.cpu()
     order = label_logits.argsort(descending=True, stable=True)
     order = order[(predictions[order] == labels[order]) & (label_logits[order] > 0)]
-    # unique sorts
-    left = {int(label): order[labels[order] == label].tolist() for label in labels[order].unique()}
+    # Samples that are left, by class in ascending order.
+    left = {
+        label: order[labels[order] == label].tolist()
+        for label in sorted(set(labels[order].tolist()))
+    }
     confident = len(left)
     chosen: list[list[int]] = []
     while len(chosen) < grids and len(left) >= n * n:
@@ -82,9 +89,16 @@ def choose_grids(
         left = {label: samples for label, samples in left.items() if samples}
     if len(chosen) < grids:
         log.warning(
-            "pointing game: %d of %d grids of %dx%d images: %d classes have images that are classified correctly with p > 0.5, "
-            "%d such images in all; a grid takes one image of each of %d classes",
-            *(len(chosen), grids, n, n, confident, len(order), n * n),
+            "pointing game: %d of %d grids of %dx%d images: %d classes have images that are "
+            "classified correctly with p > 0.5, %d such images in all; "
+            "a grid takes one image of each of %d classes",
+            len(chosen),
+            grids,
+            n,
+            n,
+            confident,
+            len(order),
+            n * n,
         )
     return torch.tensor(chosen, dtype=torch.int64).reshape(-1, n * n)
 
@@ -94,12 +108,13 @@ def make_grids(images: Tensor) -> Tensor:
     n = round(images.shape[1] ** 0.5)
     if images.ndim != 5 or n * n != images.shape[1]:
         raise ValueError(f"images of grids must be (G, n², C, h, w), got {tuple(images.shape)}")
-    rows = images.unflatten(1, (n, n)).permute(0, 3, 1, 4, 2, 5)  # (G, C, n, h, n, w)
+    cells = torch.unflatten(images, 1, (n, n))  # (G, n, n, C, h, w)
+    rows = cells.permute(0, 3, 1, 4, 2, 5)  # (G, C, n, h, n, w)
     return rows.flatten(4, 5).flatten(2, 3)
 
 
 def summary(scores: Tensor) -> Mapping[str, float]:
-    """Mean and quartiles of all scores pooled: ``mean``, ``q25``, ``median``, ``q75``.
+    """Compute ``mean``, ``q25``, ``median`` and ``q75`` of all scores pooled.
 
     Raises:
         ValueError: there are no scores.
@@ -110,7 +125,5 @@ def summary(scores: Tensor) -> Mapping[str, float]:
     quartiles = pooled.quantile(
         torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device=pooled.device)
     )
-    return {
-        "mean": pooled.mean().item(),
-        **dict(zip(("q25", "median", "q75"), quartiles.tolist(), strict=True)),
-    }
+    q25, median, q75 = quartiles.tolist()
+    return {"mean": pooled.mean().item(), "q25": q25, "median": median, "q75": q75}

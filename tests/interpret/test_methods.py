@@ -12,9 +12,9 @@ from torch.nn import functional as F
 import pipeline  # noqa: F401  registers the CoDA models
 from pipeline.errors import UserError
 from pipeline.interpret.contributions import explainable_layers, layer_contributions
+from pipeline.interpret.lime import LIME_IMAGES
 from pipeline.interpret.methods import (
     BY_LAYER,
-    LIME_IMAGES,
     METHODS,
     at_input_size,
     attribution_maps,
