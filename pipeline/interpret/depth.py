@@ -1,8 +1,8 @@
 """Interpretable depth: how far from the output contributions still explain it.
 
-The definitions are this project's own (docs/method.md). A curve holds the mean localisation of the contributions of each layer at that layer's distance from
-the output: the share in [0, 1] of the parametric layers in between, 0 at the output and 1 at the
-input encoding.
+The definitions are this project's own (docs/method.md). A curve holds the mean localisation of the
+contributions of each layer at that layer's distance from the output: the share in [0, 1] of the
+parametric layers in between, 0 at the output and 1 at the input encoding.
 """
 
 import math

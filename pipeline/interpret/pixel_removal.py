@@ -25,9 +25,9 @@ def removal_curve(
 ) -> Tensor:
     """Compute the probability of the target class with 0, step, 2·step, ... pixels removed.
 
-    step is floor(fraction·H·W) // (points - 1). A removed pixel is 0 in all encoded channels, which no colour is (black is [0, 0, 0, 1, 1, 1]).
-    Pixels are ordered by signed importance; of equally important ones the first in row-major order
-    goes first, in either direction.
+    step is floor(fraction·H·W) // (points - 1). A removed pixel is 0 in all encoded channels, which
+    no colour is (black is [0, 0, 0, 1, 1, 1]). Pixels are ordered by signed importance; of equally
+    important ones the first in row-major order goes first, in either direction.
 
     Args:
         predict: encoded images (B, C, H, W) -> logits (B, classes).

@@ -1,5 +1,6 @@
-"""Pure CoDA networks (Böhle, Fritz, Schiele, arXiv 2109.13004, section 4): S and L as in the
-official code, XS, M and XL ours.
+"""Pure CoDA networks: S and L as in the official code, XS, M and XL of this project.
+
+Source: Böhle, Fritz, Schiele, arXiv 2109.13004, section 4.
 """
 
 from collections.abc import Sequence
@@ -17,14 +18,21 @@ class CoDANet(CoDAStagedNet):
     """A plain chain of DAU convolutions: dynamic linear from the encoded image to the logits.
 
     Args:
-        kernels, strides, units, ranks: of each layer but the classifier; padding is kernel // 2.
-        head_rank, head_kernel: rank and kernel of the classifying layer.
+        kernels: kernel size of each layer but the classifier; padding is kernel // 2.
+        strides: of each layer but the classifier.
+        units: of each layer but the classifier.
+        ranks: of each layer but the classifier.
+        head_rank: of the classifying layer.
+        head_kernel: kernel size of the classifying layer.
         rank: if given, the base rank; every rank is scaled by rank / ranks[0] (the official rank
             ablation).
         coda_width: if given, units of the first layer; all are scaled by coda_width / units[0].
         norm: rescaling of the dynamic weights, see :class:`DAUConv2d`.
-        temperature, logit_bias: T and b0 of :class:`CoDAHead`.
-        num_classes, in_chans, global_pool: as timm defines them; global_pool is "sum" or "".
+        temperature: T of :class:`CoDAHead`.
+        logit_bias: b0 of :class:`CoDAHead`.
+        num_classes: as timm defines it.
+        in_chans: as timm defines it.
+        global_pool: "sum" or "".
     """
 
     def __init__(
@@ -93,12 +101,10 @@ class CoDANet(CoDAStagedNet):
 
 
 def _scaled(sizes: Sequence[int], first: int | None) -> list[int]:
-    """``sizes`` in proportion, starting with ``first``, at least 1 each; as they are if ``first``
-    is None.
-    """
-    return (
-        list(sizes) if first is None else [max(1, round(size * first / sizes[0])) for size in sizes]
-    )
+    """Scale ``sizes`` in proportion so that they start with ``first``, to at least 1 each."""
+    if first is None:
+        return list(sizes)
+    return [max(1, round(size * first / sizes[0])) for size in sizes]
 
 
 default_cfgs = generate_default_cfgs(
@@ -114,8 +120,9 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def coda_xs(pretrained: bool = False, **kwargs: Any) -> CoDANet:
-    """XS-CoDA, ours, for short trainings on 32x32 images: six wide layers of low rank, two at half
-    the resolution, four at a quarter.
+    """Build XS-CoDA, of this project, for short training runs on 32x32 images.
+
+    Six wide layers of low rank, two at half the resolution, four at a quarter.
     """
     sizes = dict(
         kernels=[5, 3, 3, 3, 3],
@@ -130,7 +137,10 @@ def coda_xs(pretrained: bool = False, **kwargs: Any) -> CoDANet:
 
 @register_model
 def coda_s(pretrained: bool = False, **kwargs: Any) -> CoDANet:
-    """S-CoDA of the official code, for CIFAR-10: nine layers, 16 to 64 units, ranks 32 and 64."""
+    """Build S-CoDA of the official code, for CIFAR-10.
+
+    Nine layers, 16 to 64 units, ranks 32 and 64.
+    """
     sizes = dict(
         kernels=[3] * 8,
         strides=[1, 1, 2, 1, 1, 2, 1, 1],
@@ -143,7 +153,10 @@ def coda_s(pretrained: bool = False, **kwargs: Any) -> CoDANet:
 
 @register_model
 def coda_m(pretrained: bool = False, **kwargs: Any) -> CoDANet:
-    """M-CoDA, ours: the resolutions of S with the units of L and ranks half-way, for 32x32 images."""
+    """Build M-CoDA, of this project, for 32x32 images.
+
+    The resolutions of S with the units of L and ranks half-way.
+    """
     sizes = dict(
         kernels=[3] * 8,
         strides=[1, 1, 2, 1, 1, 2, 1, 1],
@@ -156,8 +169,9 @@ def coda_m(pretrained: bool = False, **kwargs: Any) -> CoDANet:
 
 @register_model
 def coda_l(pretrained: bool = False, **kwargs: Any) -> CoDANet:
-    """L-CoDA of the official code, for 100 classes of ImageNet at 240x240; its classifying layer is
-    3x3.
+    """Build L-CoDA of the official code, for 100 classes of ImageNet at 240x240.
+
+    Its classifying layer is 3x3.
     """
     sizes = dict(
         kernels=[7, *[3] * 7],
@@ -173,7 +187,10 @@ def coda_l(pretrained: bool = False, **kwargs: Any) -> CoDANet:
 
 @register_model
 def coda_xl(pretrained: bool = False, **kwargs: Any) -> CoDANet:
-    """XL-CoDA, ours: twice the units and ranks of S, for TinyImagenet (200 classes, 64x64)."""
+    """Build XL-CoDA, of this project, for TinyImagenet (200 classes, 64x64).
+
+    Twice the units and ranks of S.
+    """
     sizes = dict(
         kernels=[3] * 8,
         strides=[1, 1, 2, 1, 1, 2, 1, 1],

@@ -1,15 +1,15 @@
-"""A classifier as a chain of stages and a head, with the methods that timm's users expect of every
-model.
-"""
+"""A classifier as a chain of stages and a head, with the methods that timm expects of a model."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.models import build_model_with_cfg, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+
+Network = TypeVar("Network", bound="StagedNet")
 
 
 class StagedNet(nn.Module):
@@ -51,7 +51,7 @@ class StagedNet(nn.Module):
         self.head = self.new_head(num_classes, global_pool)
 
     def new_head(self, num_classes: int, global_pool: str) -> nn.Module:
-        """A head from ``num_features`` channels to ``num_classes`` logits.
+        """Build a head from ``num_features`` channels to ``num_classes`` logits.
 
         Its attribute ``classifier`` holds the layer that gives one output per class, ``pool_type``
         the pooling.
@@ -59,24 +59,27 @@ class StagedNet(nn.Module):
         raise NotImplementedError
 
     def encode(self, images: Tensor) -> Tensor:
-        """What the first layer reads, from ``images`` (B, in_chans, H, W) in [0, 1]."""
+        """Compute what the first layer reads from ``images`` (B, in_chans, H, W) in [0, 1]."""
         return images
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Features (B, num_features, H', W') before the head."""
+        """Compute the features (B, num_features, H', W') before the head."""
         return self._features(self.encode(images))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (B, num_classes) of ``features``, or with ``pre_logits`` pooled features (B,
-        num_features).
+        """Compute the logits (B, num_classes) of ``features``.
+
+        With ``pre_logits``, compute the pooled features (B, num_features) instead.
         """
-        return self.head(features, pre_logits=pre_logits)
+        logits: Tensor = self.head(features, pre_logits=pre_logits)
+        return logits
 
     def forward_encoded(self, encoded: Tensor) -> Tensor:
-        """Logits (B, num_classes) of images that are encoded already."""
+        """Compute the logits (B, num_classes) of images that are encoded already."""
         return self.forward_head(self._features(encoded))
 
     def forward(self, images: Tensor) -> Tensor:
+        """Compute the logits (B, num_classes) of ``images`` (B, in_chans, H, W) in [0, 1]."""
         return self.forward_encoded(self.encode(images))
 
     def _features(self, encoded: Tensor) -> Tensor:
@@ -86,11 +89,11 @@ class StagedNet(nn.Module):
         return x
 
     def _stage(self, name: str, x: Tensor) -> Tensor:
-        stage = getattr(self, name)
-        # a stem's in-place activation must not be recomputed on its own
-        if self.grad_checkpointing and name != "stem":
-            return checkpoint_seq(stage, x)
-        return stage(x)
+        stage: nn.Module = getattr(self, name)
+        # A stem's in-place activation must not be recomputed on its own.
+        recomputed = self.grad_checkpointing and name != "stem"
+        y: Tensor = checkpoint_seq(stage, x) if recomputed else stage(x)
+        return y
 
     def forward_intermediates(
         self,
@@ -101,23 +104,23 @@ class StagedNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Outputs of the stages as timm's models give them, for images ``x``.
+        """Compute the outputs of the stages, as timm's models do.
 
         Args:
+            x: images.
             indices: the last so many stages, or those listed, or all.
             norm: without effect, as these networks end in no normalisation.
-            stop_early: do not run the stages after the last one asked for.
+            stop_early: whether to leave out the stages after the last one asked for.
             output_fmt: "NCHW".
-            intermediates_only: leave out the final features.
+            intermediates_only: whether to leave out the final features.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt is {output_fmt!r}; valid: NCHW")
         take, last = feature_take_indices(len(self.stage_names), indices)
         features = self.encode(x)
         intermediates = []
-        for index, name in enumerate(
-            self.stage_names[: last + 1] if stop_early else self.stage_names
-        ):
+        names = self.stage_names[: last + 1] if stop_early else self.stage_names
+        for index, name in enumerate(names):
             features = self._stage(name, features)
             if index in take:
                 intermediates.append(features)
@@ -141,8 +144,11 @@ class StagedNet(nn.Module):
         return self.head.get_submodule("classifier")
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head for ``num_classes``; 0 leaves a feature extractor. The pooling stays as it
-        is if None.
+        """Replace the head by a fresh one.
+
+        Args:
+            num_classes: 0 leaves a feature extractor.
+            global_pool: pooling of the head; None keeps it.
         """
         self.num_classes = num_classes
         reference = next(self.parameters())
@@ -150,18 +156,16 @@ class StagedNet(nn.Module):
         self.head = self.new_head(num_classes, pool).to(reference).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks of the stages in the backward pass instead of keeping their
-        activations.
-        """
+        """Recompute the blocks of the stages in the backward pass, or keep their activations."""
         self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """timm's groups of parameters for layer-wise learning rates."""
+        """Match the groups of parameters that timm gives layer-wise learning rates."""
         return {"stem": r"^stem", "blocks": r"^stage(\d+)" if coarse else r"^stage(\d+)\.(\d+)"}
 
 
 def build(
-    cls: type[StagedNet],
+    cls: type[Network],
     name: str,
     pretrained: bool,
     levels: int,
@@ -169,16 +173,25 @@ def build(
     device: Any = None,
     dtype: Any = None,
     **kwargs: Any,
-) -> Any:
-    """timm's ``build_model_with_cfg`` for a staged network; ``device`` and ``dtype`` are those of
-    its parameters.
+) -> Network:
+    """Call timm's ``build_model_with_cfg`` for a staged network.
 
     Args:
+        cls: the network.
+        name: under which it is registered.
+        pretrained: whether to load weights.
         levels: feature levels of ``features_only``, which goes through ``forward_intermediates``
             and so encodes the image first.
-        kwargs: of ``cls``, and what timm adds (``features_only``, ``pretrained_cfg_overlay``, ...).
+        device: of the parameters.
+        dtype: of the parameters.
+        kwargs: of ``cls``, and those of timm (``features_only``, ``pretrained_cfg_overlay``, ...).
+
+    Returns:
+        The network, with ``features_only`` inside timm's wrapper.
     """
     feature_cfg = dict(feature_cls="getter", out_indices=tuple(range(levels)))
     with torch.device(device) if device is not None else nullcontext():
-        model = build_model_with_cfg(cls, name, pretrained, feature_cfg=feature_cfg, **kwargs)
+        model: Network = build_model_with_cfg(
+            cls, name, pretrained, feature_cfg=feature_cfg, **kwargs
+        )
     return model.to(dtype=dtype)
