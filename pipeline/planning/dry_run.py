@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.models.dau.chunked import Gradients, Needs
+from pipeline.models.dau.chunks import Gradients, Needs
 from pipeline.models.dau.fused import MAX_RANK
 from pipeline.models.dau.kernels import use_kernels
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class DynamicConv(nn.Module):
-    """Planted dynamic linear layer: y_o(p) = <w_o(x), x(p)> at each position, where w depends on x."""
+    """Planted dynamic linear layer: y_o(p) = <w_o(x), x(p)> at each position p."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -18,7 +18,7 @@ class DynamicConv(nn.Module):
 
 
 class PlantedCoDA(nn.Module):
-    """Encoding, a conventional stem, two dynamic stages and a dynamic head outside of the stages."""
+    """Encoding, a conventional stem, two dynamic stages, and a dynamic head outside of them."""
 
     def __init__(
         self, temperature: float = 7.0, logit_bias: float = -2.2, conventional: bool = False
@@ -52,8 +52,7 @@ class PlantedLinear(nn.Module):
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        # (classes, 3, H, W)
-        self.weight = nn.Parameter(weight)
+        self.weight = nn.Parameter(weight)  # (classes, 3, H, W)
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.einsum("bchw,kchw->bk", images, self.weight)
@@ -72,8 +71,9 @@ class Distracted(PlantedLinear):
 
 
 class Chain(nn.Sequential):
-    """Convolution, in-place or ordinary ReLU, convolution, in-place addition, global pooling,
-    linear layer.
+    """Convolutions, a shortcut, global pooling and a linear layer.
+
+    With ``inplace``, activations and the addition of the shortcut work in place.
     """
 
     def __init__(self, inplace: bool):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from planted_models import PlantedCoDA, rand
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from pipeline.interpret.alignment import BINS, alignment_histograms, cosines, distribution
 from pipeline.models.dau import DAUConv2d
@@ -15,13 +15,17 @@ from pipeline.models.dau import DAUConv2d
 def formed(layer, x):
     """cos(w, x) with every dynamic weight held, (N, O)."""
     # (B, d, L), d ordered channel, row, column
-    patches = F.unfold(x, layer.kernel_size, stride=layer.stride, padding=layer.padding)
+    patches = functional.unfold(x, layer.kernel_size, stride=layer.stride, padding=layer.padding)
     z = torch.einsum("rd,bdl->brl", layer.down.weight.flatten(1), patches)
-    # row, column, channel
+    # Ordered as in the layer: row, column, channel.
     patches = patches.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(1, 2)
     w = torch.einsum("odr,brl->bodl", layer.up_weight, z)
     w = w if layer.up_bias is None else w + layer.up_bias[None, :, :, None]
-    return F.cosine_similarity(w, patches[:, None], dim=2, eps=0).transpose(1, 2).flatten(0, 1)
+    return (
+        functional.cosine_similarity(w, patches[:, None], dim=2, eps=0)
+        .transpose(1, 2)
+        .flatten(0, 1)
+    )
 
 
 @pytest.mark.parametrize("norm", ["sq", "l2", "wb"])
@@ -46,13 +50,15 @@ def planted():
 
 def test_planted_alignment():
     x = rand(2, 4, 3, 3).float() - 0.5
-    # a patch of nothing has no direction
+    # A patch of zeros has no direction.
     x[0, :, 0, 0] = 0
     found = cosines(planted(), x).detach()
-    assert found[0].isnan().all() and found[:, 2].isnan().all()
+    assert found[0].isnan().all()
+    assert found[:, 2].isnan().all()
     torch.testing.assert_close(found[1:, :2], torch.tensor([1.0, -1.0]).expand(17, 2))
     histogram = alignment_histograms(nn.Sequential(planted(), nn.Flatten()), x)["0"]
-    assert histogram.sum() == 34 and histogram[0] == histogram[-1] == 17
+    assert histogram.sum() == 34
+    assert histogram[0] == histogram[-1] == 17
 
 
 def test_distribution_of_known_values():
@@ -72,7 +78,8 @@ def test_layers_come_from_the_output_and_batches_add_up():
         alignment_histograms(model, images),
         [alignment_histograms(model, images[k : k + 2]) for k in (0, 2)],
     )
-    assert list(whole) == ["1", "0"] and model.training
+    assert list(whole) == ["1", "0"]
+    assert model.training
     for name, histogram in whole.items():
         assert torch.equal(histogram, halves[0][name] + halves[1][name])
     assert alignment_histograms(PlantedCoDA(), images[:, :, :4, :4]) == {}

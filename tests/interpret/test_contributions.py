@@ -1,6 +1,4 @@
-"""Contributions against hand-made answers and a slow twin, completeness in float64, and explanation
-mode leaving no trace.
-"""
+"""Contributions against known answers and a slow twin, completeness, and explanation mode."""
 
 import copy
 
@@ -9,7 +7,7 @@ import timm
 import torch
 from planted_models import Chain, Distracted, PlantedCoDA, PlantedLinear, flags, rand
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 import pipeline  # noqa: F401  registers the CoDA models
 from pipeline.errors import UserError
@@ -20,12 +18,12 @@ from pipeline.interpret.contributions import (
     explanation_mode,
     layer_contributions,
 )
-from pipeline.interpret.network import dynamic_modules, explaining
 
 
 def slow_contributions(model: nn.Module, images: Tensor, target: int, at: str) -> Tensor:
-    """The definition, one layer and class at a time: cut the network after the layer and
-    differentiate the rest by the cut.
+    """Follow the definition, one layer and class at a time.
+
+    The network is cut after the layer, and the rest is differentiated by the cut.
     """
     cut: list[Tensor] = []
 
@@ -48,7 +46,7 @@ def test_linear_model_has_contributions_known_by_hand():
     found = contributions(PlantedLinear(weight), images, torch.tensor([3, 1]))
     assert torch.equal(found, images * weight[[3, 1]])
     assert not found.requires_grad
-    # signed
+    # Contributions are signed.
     assert (found < 0).any()
 
 
@@ -66,14 +64,15 @@ def test_dynamic_linear_net_is_complete_everywhere(at):
     error = completeness_error(
         PlantedCoDA().double(), rand(3, 3, 6, 6), torch.tensor([0, 1, 2]), at
     )
-    assert error.shape == (3,) and error.max() < 1e-12
+    assert error.shape == (3,)
+    assert error.max() < 1e-12
 
 
 def test_completeness_needs_the_fixed_weights():
     """Not a metric that is always 0: with the dynamic weights differentiated it is far from it."""
     model = PlantedCoDA().double()
     for module in (model.stage1[0], model.stage1[1], model.stage2[0], model.head):
-        # does not opt in
+        # It does not opt in.
         module.explaining = None
     assert completeness_error(model, rand(3, 3, 6, 6), torch.tensor([0, 1, 2])).min() > 1e-3
 
@@ -128,7 +127,7 @@ def test_in_place_operations_do_not_change_what_is_captured():
         rtol=1e-12,
         atol=0,
     )
-    # a ReLU passes on exactly what reaches it: 0 or the value
+    # A ReLU passes on exactly 0 or the value that reaches it.
     assert (found["conv1"] - found["act1"]).abs().max() < 1e-12
 
 
@@ -138,7 +137,8 @@ def test_network_that_begins_in_place():
     found = contributions(
         nn.Sequential(nn.ReLU(inplace=True), PlantedLinear(weight)), images, torch.tensor([1])
     )
-    assert torch.equal(found, images.clamp(min=0) * weight[1]) and torch.equal(images, before)
+    assert torch.equal(found, images.clamp(min=0) * weight[1])
+    assert torch.equal(images, before)
 
 
 def test_layer_that_the_logits_do_not_depend_on_contributes_nothing():
@@ -173,35 +173,6 @@ def test_works_inside_an_evaluation_without_gradients(context):
             )
 
 
-def test_explanation_mode_restores_each_flag_nested_and_on_errors():
-    model = PlantedCoDA(conventional=True).train()
-    # a frozen normalisation inside a training network
-    model.stem[1].eval()
-    model.stage2[0].explaining = True
-    found = flags(model)
-    with explanation_mode(model):
-        inside = flags(model)
-        assert not any(training for training, _ in inside)
-        assert all(explaining is not False for _, explaining in inside)
-        with pytest.raises(RuntimeError, match="planted"), explanation_mode(model):
-            raise RuntimeError("planted")
-        assert flags(model) == inside
-    assert flags(model) == found
-
-
-def test_some_dynamic_modules_explain_and_the_others_are_left_alone():
-    """As a penalty on dynamic weights needs it: in training, and of the modules it has found."""
-    model = PlantedCoDA(conventional=True).train()
-    dynamic = dynamic_modules(model)
-    assert dynamic == [*model.stage1, *model.stage2, model.head]
-    before = flags(model)
-    with pytest.raises(RuntimeError, match="planted"), explaining([*model.stem, *dynamic[:2]]):
-        assert [module.explaining for module in dynamic] == [True, True, False, False]
-        assert all(module.training for module in model.modules())
-        raise RuntimeError("planted")
-    assert flags(model) == before
-
-
 @pytest.mark.parametrize(
     ("at", "target", "error"), [("nothing", 0, UserError), ("head", 9, RuntimeError)]
 )
@@ -231,7 +202,9 @@ def test_training_step_after_explaining_is_bit_equal(name):
     )
     for model in (fresh, explained):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        F.binary_cross_entropy_with_logits(model(images), F.one_hot(targets, 4).float()).backward()
+        functional.binary_cross_entropy_with_logits(
+            model(images), functional.one_hot(targets, 4).float()
+        ).backward()
         optimizer.step()
     for (key, ours), theirs in zip(
         explained.state_dict().items(), fresh.state_dict().values(), strict=True
@@ -279,8 +252,10 @@ def test_wrong_shape_of_targets():
 
 @pytest.mark.parametrize("norm", ["sq", "l2", "wb"])
 def test_registered_coda_net_is_complete_at_every_layer(norm):
-    """b0 = 0, as an untrained network's outputs (wb: 5e-5) drown in the rounding error of a logit
-    near b0 otherwise.
+    """It is so with b0 = 0.
+
+    Otherwise an untrained network's outputs (wb: 5e-5) drown in the rounding error of a logit near
+    b0.
     """
     model = timm.create_model(
         "coda_s", norm=norm, rank=4, temperature=10.0, logit_bias=0.0
@@ -291,9 +266,7 @@ def test_registered_coda_net_is_complete_at_every_layer(norm):
 
 
 def test_hybrid_is_complete_from_the_junction_on():
-    """After statistics and biases of the trunk are made non-trivial, its CoDA part is exact and the
-    trunk is not.
-    """
+    """The biases of its trunk are made non-trivial: the CoDA part is exact, the trunk is not."""
     model = timm.create_model("coda_resnet20").double()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -14,7 +14,7 @@ CURVE = [(0.1, 0.9), (0.4, 0.5), (0.6, 0.2), (1.0, 0.1)]
 def test_hand_numbers():
     assert interpretable_depth(CURVE) == 0.4
     assert interpretable_depth(CURVE, threshold=0.51) == 0.1
-    # held at .9 up to .1, then trapezoids
+    # The score is held at .9 up to .1; trapezoids follow.
     assert interpretable_area(CURVE) == pytest.approx(
         0.1 * 0.9 + 0.3 * 0.7 + 0.2 * 0.35 + 0.4 * 0.15
     )

@@ -12,8 +12,9 @@ from pipeline.interpret.contributions import Layer, exact_layers, explainable_la
 
 
 def test_layers_and_distances_of_a_known_chain():
-    """Order of execution: stem conv, stage1.0, stage1.1, stage2.0, head; a dynamic module counts
-    once whatever is inside.
+    """The order of execution is stem conv, stage1.0, stage1.1, stage2.0, head.
+
+    A dynamic module counts once whatever is inside.
     """
     model = PlantedCoDA(conventional=True).train()
     before = flags(model)
@@ -27,18 +28,19 @@ def test_layers_and_distances_of_a_known_chain():
         (None, 1.0),
     ]
     assert [(layer.name, pytest.approx(layer.distance)) for layer in found] == expected
-    assert flags(model) == before and not any(module._forward_hooks for module in model.modules())
+    assert flags(model) == before
+    assert not any(module._forward_hooks for module in model.modules())
     pure = explainable_layers(PlantedCoDA(), rand(1, 3, 6, 6).float())
-    # the stem is the encoding itself
+    # The stem is the encoding itself.
     assert [layer.name for layer in pure] == ["head", "stage2.0", "stage1.1", "stage1.0", None]
-    # nothing says where to look
+    # Nothing says where to look.
     assert explainable_layers(Chain(inplace=False).float(), rand(1, 3, 6, 6).float()) == [
         Layer(None, 1.0)
     ]
 
 
 def test_only_blocks_that_run_once_and_give_maps_are_layers():
-    """Four parametric layers: the dynamic one in the block, its convolution, and two linear ones."""
+    """Of four parametric layers: the dynamic one, the block's convolution, and two linear ones."""
     model = nn.Sequential(
         OrderedDict(block=Block(), flat=nn.Flatten(), fc=nn.Linear(12, 5), last=nn.Linear(5, 2))
     )
@@ -96,9 +98,11 @@ def test_layers_of_timm_resnet18():
 def test_layers_of_our_models(name, first, count):
     model = timm.create_model(name).double()
     layers = explainable_layers(model, rand(1, 3, 32, 32))
-    assert len(layers) == count and layers[-1] == Layer(None, 1.0)
+    assert len(layers) == count
+    assert layers[-1] == Layer(None, 1.0)
     distances = [layer.distance for layer in layers]
-    assert distances == sorted(set(distances)) and distances[0] < 0.06
+    assert distances == sorted(set(distances))
+    assert distances[0] < 0.06
     if first:
         assert layers[0] == Layer(first, 0.0)
     dynamic = [

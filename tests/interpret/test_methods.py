@@ -1,13 +1,11 @@
-"""Post-hoc methods against answers known by hand and slow twins; where they apply; and that they
-leave no trace.
-"""
+"""Post-hoc methods against known answers and slow twins; where they apply; no trace is left."""
 
 import pytest
 import timm
 import torch
 from planted_models import PlantedCoDA, PlantedLinear, flags, rand
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 import pipeline  # noqa: F401  registers the CoDA models
 from pipeline.errors import UserError
@@ -28,7 +26,7 @@ LINEAR = ["contributions", "input_x_gradient", "integrated_gradients"]
 
 
 def rectified(weight):
-    """logits = <weight, relu(images)>: (classes, 3, 2, 2)."""
+    """Build logits = <weight, relu(images)> of weight (classes, 3, 2, 2)."""
     linear = nn.Linear(12, len(weight), bias=False).double()
     linear.weight.data = weight.flatten(1)
     return nn.Sequential(nn.ReLU(), nn.Flatten(), linear)
@@ -40,14 +38,13 @@ def test_linear_model_is_known_by_hand(method):
     found = attribution_maps(method, PlantedLinear(weight), images, TARGETS, [None])[None]
     terms = weight[TARGETS] if method == "gradient" else weight[TARGETS] * images[:, None]
     torch.testing.assert_close(found, terms.sum(2), rtol=1e-6, atol=1e-9)
-    assert (found < 0).any() and not found.requires_grad
+    assert (found < 0).any()
+    assert not found.requires_grad
 
 
 @pytest.mark.parametrize("window", [5, 9])
 def test_occlusion_equals_its_definition(window):
-    """Mean, over the windows that cover a pixel, of what the logit loses when the window is
-    blanked.
-    """
+    """It is what the logit loses when a window is blanked, averaged over the windows of a pixel."""
     model, images = PlantedCoDA().double(), rand(2, 3, 11, 11)
     encoded = model.encode(images)
     total, times = torch.zeros(2, 2, 11, 11).double(), torch.zeros(11, 11)
@@ -62,20 +59,21 @@ def test_occlusion_equals_its_definition(window):
             total[:, :, top : top + window, left : left + window] += lost[..., None, None].detach()
             times[top : top + window, left : left + window] += 1
     found = attribution_maps(f"occlusion_{window}", model, images, TARGETS, [None])[None]
-    # summed over 6 equal channels
+    # The map is summed over 6 equal channels.
     torch.testing.assert_close(found.double(), 6 * total / times, rtol=1e-5, atol=1e-7)
 
 
 def test_lime_finds_the_part_of_each_superpixel():
-    """Of a linear model, whose parts are known; the ridge shrinks them a little. Another class
-    costs no forward pass.
+    """The parts of a linear model are known; the ridge shrinks them a little.
+
+    Another class costs no forward pass.
     """
     corners = torch.tensor([[0.9, 0.1], [0.3, 0.6]]).double()
     images = corners.repeat_interleave(8, 0).repeat_interleave(8, 1).expand(2, 3, 16, 16)
     weight, passes = rand(3, 3, 16, 16) - 0.4, []
     model = PlantedLinear(weight)
     with model.register_forward_hook(lambda module, inputs, output: passes.append(len(output))):
-        # every channel shows the part of its superpixel
+        # Every channel shows the part of its superpixel.
         found = attribution_maps("lime", model, images, TARGETS, [None])[None].double() / 3
     parts = (weight[TARGETS] * images[:, None]).sum(2)  # (B, K, 16, 16)
     for top in (0, 8):
@@ -122,8 +120,9 @@ def test_deep_lift_shares_out_the_difference_to_black():
 
 @pytest.mark.parametrize("at", ["stem", "stage1.0", "stage2.0", "head"])
 def test_gradcam_and_input_x_gradient_at_any_layer(at):
-    """Against gradients of the rest of the network, taken with the dynamic weights in it, which
-    explanation mode would hold fixed.
+    """They use gradients of the rest of the network, which go through the dynamic weights.
+
+    Explanation mode would hold these fixed.
     """
     model, images = PlantedCoDA(conventional=True).double().eval(), rand(2, 3, 6, 6)
     kept = []
@@ -138,7 +137,7 @@ def test_gradcam_and_input_x_gradient_at_any_layer(at):
     activation = kept[0].detach()
     products = torch.stack([(activation * g).sum(1) for g in gradients], 1)
     cams = torch.stack(
-        [F.relu((activation * g.mean((2, 3), keepdim=True)).sum(1)) for g in gradients], 1
+        [functional.relu((activation * g.mean((2, 3), keepdim=True)).sum(1)) for g in gradients], 1
     )
     torch.testing.assert_close(
         attribution_maps("input_x_gradient", model, images, TARGETS, [at])[at], products
@@ -155,7 +154,7 @@ def test_gradcam_and_input_x_gradient_at_any_layer(at):
 def test_real_dau_layers_and_every_method_leave_no_trace():
     torch.manual_seed(0)
     model = timm.create_model("coda_resnet20", conv_stages=2, rank=2, num_classes=3).train()
-    # a state that must come back
+    # This state must come back.
     model.stage3[0].explaining = True
     before, images = flags(model), rand(2, 3, 12, 12).float()
     layers = explainable_layers(model, images)
@@ -163,11 +162,9 @@ def test_real_dau_layers_and_every_method_leave_no_trace():
         place = own_place(method, layers).name
         with torch.inference_mode():
             maps = attribution_maps(method, model, images, TARGETS, [place])[place]
-        assert (
-            maps.isfinite().all()
-            and maps.shape[:2] == (2, 2)
-            and at_input_size(maps, 12, 12).shape == (2, 2, 12, 12)
-        )
+        assert maps.isfinite().all()
+        assert maps.shape[:2] == (2, 2)
+        assert at_input_size(maps, 12, 12).shape == (2, 2, 12, 12)
         assert method == "gradcam" or maps.abs().sum() > 0, method
         assert flags(model) == before, method
     assert all(
@@ -214,12 +211,9 @@ def test_where_methods_are_defined():
     layers = explainable_layers(PlantedCoDA(), rand(1, 3, 4, 4).float())
     for method in METHODS:
         names = [layer.name for layer in places(method, layers)]
-        assert (
-            names
-            == {True: [layer.name for layer in layers], False: [None]}[method in BY_LAYER][
-                : -1 if method == "gradcam" else None
-            ]
-        )
+        expected = [layer.name for layer in layers] if method in BY_LAYER else [None]
+        # GradCAM pools the gradients of a layer, and the input is not one.
+        assert names == (expected[:-1] if method == "gradcam" else expected)
         assert own_place(method, layers).name == ("head" if method == "gradcam" else None)
 
 

@@ -34,8 +34,9 @@ def test_points_and_steps_of_the_protocol():
 
 @pytest.mark.parametrize("first", ["least", "most"])
 def test_order_is_signed_and_each_image_has_its_own(first):
-    """The logit is the sum of the importance left: removing the most negative pixels raises it, the
-    most positive lowers it.
+    """The logit is the sum of the importance left.
+
+    Removing the most negative pixels raises it, removing the most positive ones lowers it.
     """
     images = encoded(3, 6, 7)
     maps = torch.randn(3, 6, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -54,7 +55,7 @@ def test_order_is_signed_and_each_image_has_its_own(first):
     )
     for row, importance in zip(curve, maps.flatten(1), strict=True):
         order = importance.sort(descending=first == "most").values
-        # 21 pixels in 7 steps
+        # 21 pixels go in 7 steps.
         expected = torch.stack([order[3 * k :].sum() for k in range(8)])
         torch.testing.assert_close(row, expected.sigmoid())
     assert (curve[:, 1] > curve[:, 0]).all() == (first == "least")
@@ -73,7 +74,7 @@ def test_ties_go_in_row_major_order(first, gone):
     assert len(seen) == 5
     for step, masked in enumerate(seen):
         assert (masked == 0).all(1).flatten().nonzero().flatten().tolist() == gone[:step]
-        # all six channels: not black, which is 0 0 0 1 1 1
+        # All six channels are 0, unlike black, which is 0 0 0 1 1 1.
         assert torch.equal((masked == 0).all(1), (masked == 0).any(1))
 
 
@@ -105,7 +106,8 @@ def test_images_are_left_alone_and_no_graph_is_kept():
     curve = removal_curve(
         lambda x: x.sum((2, 3)) * weight, images, images[:, 0], torch.tensor([0, 5]), points=5
     )
-    assert torch.equal(images, before) and not curve.requires_grad
+    assert torch.equal(images, before)
+    assert not curve.requires_grad
 
 
 @pytest.mark.parametrize(

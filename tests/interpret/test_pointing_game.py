@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from pipeline.interpret.pointing_game import choose_grids, localisation_scores, make_grids, summary
 
@@ -41,7 +41,7 @@ def test_maps_inside_their_own_cell_score_one(n):
         )
     assert torch.equal(localisation_scores(maps, n), torch.ones(2, n * n))
     if n > 1:
-        # each in another's cell
+        # Each map lies in the cell of another.
         assert torch.equal(localisation_scores(maps.roll(1, dims=1), n), torch.zeros(2, n * n))
 
 
@@ -55,13 +55,14 @@ def test_uninformative_and_empty_maps():
 
 
 def test_channels_cancel_before_the_clamp():
-    """A position with +3 and -3 in two channels carries no evidence; clamping channels first would
-    give it 3.
+    """A position with +3 and -3 in two channels carries no evidence.
+
+    Clamping the channels first would give it 3.
     """
     channels = torch.zeros(1, 4, 2, 2, 2)  # (G, n², C, H, W)
-    # evidence inside of cell 0
+    # Evidence inside of cell 0.
     channels[0, 0, :, 0, 0] = torch.tensor([2.0, 0.0])
-    # none outside
+    # None outside.
     channels[0, 0, :, 1, 1] = torch.tensor([3.0, -3.0])
     assert localisation_scores(channels.sum(2), 2)[0, 0] == 1
     assert localisation_scores(channels.clamp(min=0).sum(2), 2)[0, 0] == 0.4
@@ -79,7 +80,7 @@ def test_equals_the_definition(seed, n, height, width):
 def test_positions_across_a_border_are_split_by_area(height, width):
     """The same as scoring the map after nearest up-sampling to the resolution of the image."""
     maps = torch.randn(3, 9, height, width, generator=generator(1), dtype=torch.float64)
-    upsampled = F.interpolate(maps, size=(6 * height, 6 * width), mode="nearest")
+    upsampled = functional.interpolate(maps, size=(6 * height, 6 * width), mode="nearest")
     torch.testing.assert_close(localisation_scores(maps, 3), slow_scores(upsampled, 3))
 
 
@@ -100,7 +101,8 @@ def planted_samples() -> tuple[Tensor, Tensor, Tensor]:
 def test_grids_hold_different_classes_and_use_the_most_confident_samples_first():
     logits, labels, predictions = planted_samples()
     grids = choose_grids(logits, labels, predictions, 2, 2, generator())
-    assert grids.shape == (2, 4) and grids.dtype == torch.int64
+    assert grids.shape == (2, 4)
+    assert grids.dtype == torch.int64
     assert all(len(set(labels[grid].tolist())) == 4 for grid in grids)
     used = grids.flatten().tolist()
     assert len(set(used)) == len(used)
@@ -129,21 +131,23 @@ def test_choice_depends_on_the_generator_alone():
 def test_equal_logits_go_by_index():
     labels = torch.tensor([1, 0, 1, 0, 3, 2, 3, 2])
     grids = choose_grids(torch.ones(8), labels, labels, 2, 2, generator())
-    assert sorted(grids[0].tolist()) == [0, 1, 4, 5] and sorted(grids[1].tolist()) == [2, 3, 6, 7]
-    # enough for a sort that is not stable to show
+    assert sorted(grids[0].tolist()) == [0, 1, 4, 5]
+    assert sorted(grids[1].tolist()) == [2, 3, 6, 7]
+    # Enough samples for a sort that is not stable to show.
     many = torch.arange(4000) % 4
     grids = choose_grids(torch.ones(4000), many, many, 2, 1000, generator())
     assert torch.equal(grids.sort(1).values, torch.arange(4000).view(1000, 4))
 
 
 def test_sampling_goes_on_after_a_class_runs_out():
-    """Class 0 has one image and four others have three: a stop at the first empty class would leave
-    images unused.
+    """Class 0 has one image and four others have three.
+
+    A stop at the first empty class would leave images unused.
     """
     labels = torch.tensor([0] + [1, 2, 3, 4] * 3)
     for seed in range(5):
         grids = choose_grids(torch.ones(13), labels, labels, 2, 100, generator(seed))
-        # 3 if class 0 was never drawn, or drawn in a grid that leaves four classes
+        # 3 if class 0 was never drawn, or drawn in a grid that leaves four classes.
         assert 2 <= len(grids) <= 3
         assert (labels[grids] == 0).sum() <= 1
     counts = {
@@ -157,11 +161,12 @@ def test_too_few_classes_give_no_grid_and_say_so(caplog):
     logits, labels, predictions = planted_samples()
     with caplog.at_level(logging.WARNING):
         grids = choose_grids(logits, labels, predictions, 3, 500, generator())
-    assert grids.shape == (0, 9) and grids.dtype == torch.int64
+    assert grids.shape == (0, 9)
+    assert grids.dtype == torch.int64
     eligible = int(((predictions == labels) & (logits > 0)).sum())
     assert (
-        f"0 of 500 grids of 3x3 images: 5 classes have images that are classified correctly with p > 0.5, {eligible} such"
-        in caplog.text
+        "0 of 500 grids of 3x3 images: 5 classes have images that are classified correctly "
+        f"with p > 0.5, {eligible} such" in caplog.text
     )
     assert make_grids(torch.rand(30, 3, 2, 2)[grids]).shape == (0, 3, 6, 6)
 

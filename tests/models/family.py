@@ -1,6 +1,4 @@
-"""The registered names, each built small enough to run in a moment; the depth is always the real
-one.
-"""
+"""The registered names, each built small enough to run in a moment, at its real depth."""
 
 import timm
 import torch

@@ -1,8 +1,7 @@
-"""Run by test_fused with TRITON_INTERPRET=1: the kernels, executed on CPU, against the formulas
-with w formed as they read.
+"""The Triton kernels, executed on a CPU, against the formulas with w formed as they read.
 
-The interpreter multiplies the bit patterns of bf16 operands, so bf16 is compiled and self-checked
-on a GPU, not run here.
+test_fused runs this file with TRITON_INTERPRET=1. The interpreter multiplies the bit patterns of
+bf16 operands, so bf16 is not run here, but compiled, and self-checked on a GPU.
 """
 
 import pytest
@@ -10,14 +9,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.models.dau import functional, fused
+from pipeline.models.dau import fused, kernels, launches
 
-# so that a sum over few positions is split, too
-fused.MIN_SPAN = 50
+# So that a sum over few positions is split, too.
+launches.MIN_SPAN = 50
 
 
 def slow(rows, z, weight, bias):
-    """dot and norm2 (N, O) from w (N, O, D) held for all positions and units."""
+    """Compute dot and norm2 (N, O) from w (N, O, D) held for all positions and units."""
     w = torch.einsum("odr,nr->nod", weight, z)
     if bias is not None:
         w = w + bias
@@ -35,11 +34,12 @@ def draw(positions, values, rank, units, bias, seed=0):
         (positions, units),
     ]
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
-    return tensors[:3] + [tensors[3] if bias else None], tensors[4:]
+    return [*tensors[:3], tensors[3] if bias else None], tensors[4:]
 
 
 def assert_close(ours, theirs):
-    assert ours.dtype == torch.float32 and ours.shape == theirs.shape
+    assert ours.dtype == torch.float32
+    assert ours.shape == theirs.shape
     assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
 
@@ -51,7 +51,7 @@ def assert_close(ours, theirs):
     units=st.sampled_from([1, 3, 17]),
     bias=st.booleans(),
     norm=st.booleans(),
-    # other blocks
+    # It changes the blocks.
     tf32=st.booleans(),
     seed=st.integers(0, 100),
 )
@@ -70,7 +70,7 @@ def test_equals_the_formulas(positions, values, rank, units, bias, norm, tf32, s
     wanted = torch.autograd.grad(
         loss, [tensor for tensor in exact if tensor is not None], retain_graph=True
     )
-    # rows do not enter norm2
+    # The rows do not enter norm2.
     if norm:
         torch.testing.assert_close(
             wanted[0],
@@ -92,17 +92,17 @@ def test_norm_keeps_its_accuracy_in_a_weak_direction():
     left, singular, right = torch.linalg.svd(weight.double(), full_matrices=False)
     singular[:, -1] = 1e-3 * singular[:, 0]
     weight = ((left * singular[:, None]) @ right).float()
-    # weak for unit 0
+    # A direction that is weak for unit 0.
     z = right[0, -1].float().expand(40, -1).contiguous()
     exact = slow(rows.double(), z.double(), weight.double(), None)[1][:, 0]
     norm2 = fused.forward(rows, z, weight, None, with_norm=True)[1][:, 0]
     gram = torch.einsum("nr,rs,ns->n", z, weight[0].T @ weight[0], z)
     torch.testing.assert_close(norm2.double(), exact, rtol=1e-3, atol=0)
-    # the test can tell
+    # The test can tell.
     assert (gram - exact).abs().max() > 1e-3 * exact.max()
 
-    # its gradient in z, 2 A^T A z, may use the Gram matrix: that errs a few times as much as A z in
-    # fp32 does, not 1 / ratio times
+    # Its gradient in z, 2 A^T A z, may use the Gram matrix: that errs a few times as much as A z in
+    # fp32 does, not 1 / ratio times.
     cotangent = torch.tensor([[1.0, 0.0, 0.0]]).expand(40, -1)
     ours = fused.backward(
         rows, z, weight, None, torch.zeros(40, 3), cotangent, (False, True, False, False)
@@ -125,7 +125,7 @@ def test_no_positions():
 
 
 def test_self_check_passes_against_the_chunked_path():
-    assert fused.self_check(torch.device("cpu"), torch.float32, functional.reference) is None
+    assert fused.self_check(torch.device("cpu"), torch.float32, kernels.reference) is None
 
 
 def test_explanation_of_several_targets():

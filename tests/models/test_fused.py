@@ -1,5 +1,6 @@
-"""The Triton kernels of the DAU: right in Triton's interpreter, compiled for two GPUs without one,
-and never a reason to fail.
+"""The Triton kernels of the DAU, without a GPU.
+
+They are right in Triton's interpreter, compile for two GPUs, and are never a reason to fail.
 """
 
 import os
@@ -10,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.models.dau import fused
+from pipeline.models.dau import fused, launches
 
 INTERPRETED = Path(__file__).with_name("fused_interpreted.py")
 
 
 def test_kernels_in_the_interpreter():
     pytest.importorskip("triton", reason="triton is not installed")
-    # read when triton is imported, hence a process of its own
+    # Triton reads it when it is imported, hence a process of its own.
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(INTERPRETED)]
     run = subprocess.run(
@@ -53,20 +54,21 @@ def test_compiles_without_a_gpu_and_without_spills(name, kinds, capability):
     (layer,) = (layer for layer in [*l_coda(), *hybrids()] if layer.name == name)
     for launch, operand in compiled(layer, kinds):
         used = compile_launch(launch, operand, capability)
-        assert used.spilled == 0 and used.shared <= SHARED_MEMORY, (launch, operand, used)
+        assert used.spilled == 0, (launch, operand, used)
+        assert used.shared <= SHARED_MEMORY, (launch, operand, used)
 
 
 def test_compiles_without_bias_and_norm():
     pytest.importorskip("triton", reason="triton is not installed")
     from benchmarks.triton_resources import compile_launch
 
-    launch = fused.launches(100, 54, 32, 16, "tf32")["forward"]
+    launch = launches.launches(100, 54, 32, 16, "tf32")["forward"]
     assert compile_launch(launch, "fp32", 90, bias=False, norm=False).spilled == 0
 
 
 @pytest.mark.parametrize("size", [1, 8, 16, 27, 54, 64, 144, 147, 294, 576, 2048])
 def test_blocks_cover_every_size_with_little_padding(size):
-    block = fused._block(size, 64)
+    block = launches._block(size, 64)
     assert block in (16, 32, 64)
     assert -size % block < max(16, size / 8)
 
@@ -76,7 +78,7 @@ def test_precision_follows_torch():
     try:
         for setting, expected in (("ieee", "tf32x3"), ("tf32", "tf32")):
             torch.backends.cuda.matmul.fp32_precision = setting
-            assert fused.dot_precision(torch.float32) == expected
+            assert launches.dot_precision(torch.float32) == expected
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
@@ -91,4 +93,6 @@ def test_self_check_gives_the_reason_where_triton_is_missing(monkeypatch):
         return (w * rows[:, None]).sum(2), w.square().sum(2)
 
     reason = fused.self_check(torch.device("cpu"), torch.float32, reference)
-    assert reason is not None and reason.startswith("ModuleNotFoundError") and "triton" in reason
+    assert reason is not None
+    assert reason.startswith("ModuleNotFoundError")
+    assert "triton" in reason

@@ -52,10 +52,15 @@ def test_a_block_replaces_the_kernels_of_every_pass():
 
 def test_blocks_are_nested_and_an_error_ends_them():
     weight, outer, inner = a_layer()[0].up_weight, Counting(), Counting()
-    with use_kernels(outer):
-        with pytest.raises(RuntimeError, match="planted"), use_kernels(inner):
+
+    def fail():
+        with use_kernels(inner):
             assert kernels_for(weight) is inner
             raise RuntimeError("planted")
+
+    with use_kernels(outer):
+        with pytest.raises(RuntimeError, match="planted"):
+            fail()
         assert kernels_for(weight) is outer
     assert kernels_for(weight) is chunked
 

@@ -7,9 +7,8 @@ from family import build, images
 from safetensors.torch import save_file
 
 from pipeline.errors import UserError
-from pipeline.models.create import build_model
+from pipeline.models.create import create
 from pipeline.models.dau.functional import Geometry, dynamic_dot
-from pipeline.recipe.schema import ModelRecipe
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +16,7 @@ def resnet18():
     torch.manual_seed(3)
     model = timm.create_model("resnet18", num_classes=4).train()
     with torch.no_grad():
-        # batch statistics other than 0 and 1
+        # The batch statistics become other than 0 and 1.
         model(torch.randn(4, 3, 64, 64))
     return model.eval()
 
@@ -46,7 +45,7 @@ def test_the_conventional_part_gives_the_features_of_the_pretrained_resnet(
     expected = resnet18.forward_intermediates(normalised(resnet18, x), intermediates_only=True)
     found = hybrid.forward_intermediates(x, intermediates_only=True)
     for level in range(conv_stages + 1):
-        # at the borders, too
+        # They agree at the borders, too.
         torch.testing.assert_close(found[level], expected[level], rtol=1e-4, atol=1e-4)
 
 
@@ -86,19 +85,20 @@ def test_wrong_sources_are_one_line(weights, tmp_path):
         (
             "coda_resnet50",
             weights,
-            r"does not fit: stage1.0.conv1.weight has \(64, 64, 3, 3\), this model needs \(64, 64, 1, 1\)",
+            r"does not fit: stage1.0.conv1.weight has \(64, 64, 3, 3\), "
+            r"this model needs \(64, 64, 1, 1\)",
         ),
         ("coda_resnet34", weights, "stage1.2.conv1.weight is missing"),
         ("coda_resnet18", str(tmp_path / "none.safetensors"), "cannot be read"),
         ("coda_resnet18", str(tmp_path / "cut.safetensors"), "cannot be read"),
         ("coda_resnet18", "resnet_18", "neither a file"),
     ):
-        recipe = ModelRecipe(name, {"pretrained_backbone": source})
+        args = {"pretrained_backbone": source}
         with pytest.raises(UserError, match=complaint) as error:
-            build_model(recipe, 10)
+            create(name, args, 10)
         assert "\n" not in str(error.value)
-        # trained weights will come, so the source need not be there
-        build_model(recipe, 10, fresh=False)
+        # Where trained weights will come, the source need not be there.
+        create(name, args, 10, fresh=False)
 
 
 @torch.no_grad()
@@ -153,10 +153,10 @@ def test_a_checkpoint_fits_other_input_channels(name, channels, tmp_path):
         name, pretrained=True, in_chans=channels, pretrained_cfg_overlay=dict(file=file), **args
     ).eval()
     x = images(name, channels=1)
-    # a convolution sums over the channels
+    # A convolution sums over the channels.
     if channels == 1 and name == "coda_resnet20":
         torch.testing.assert_close(model(x), source(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
-    # so does a DAU's dot product
+    # So does the dot product of a DAU.
     if channels == 1 and name == "coda_s":
         torch.testing.assert_close(
             first_dot(model, x), first_dot(source, x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5
@@ -164,4 +164,5 @@ def test_a_checkpoint_fits_other_input_channels(name, channels, tmp_path):
     assert model(x.expand(-1, channels, -1, -1)).isfinite().all()
     first, *rest = model.state_dict(), source.state_dict()
     later = [key for key in rest[0] if not key.startswith(("stem.conv1", "stage1.0."))]
-    assert later and all(torch.equal(first[key], rest[0][key]) for key in later)
+    assert later
+    assert all(torch.equal(first[key], rest[0][key]) for key in later)

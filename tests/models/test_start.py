@@ -1,5 +1,6 @@
-"""Networks train from where they start: calm logits, gradients of like size at both ends, and 64
-images learnt by heart.
+"""Networks train from where they start.
+
+Logits are calm, gradients of like size at both ends, and 64 images are learnt by heart.
 """
 
 import math
@@ -24,8 +25,10 @@ def parametric_layers(model):
 
 
 def sensitivity(layer):
-    """|dL/dtheta| |theta| of a layer: how much the loss feels a relative change of its weights,
-    whatever their scale and number.
+    """Compute |dL/dtheta| |theta| of a layer.
+
+    It says how much the loss feels a relative change of its weights, whatever their scale and
+    number.
     """
     gradient, size = (
         sum(float(t.square().sum()) for t in ts)
@@ -56,7 +59,7 @@ def test_first_and_last_layer_feel_gradients_of_like_size(name, args):
     [("coda_s", {}), ("coda_resnet20", {"conv_stages": 0}), ("coda_resnet18", {"conv_stages": 0})],
 )
 def test_first_and_last_layer_with_other_norms(name, args, norm):
-    # with wb the ratio differs from one draw to the next by a factor of four
+    # With wb the ratio differs from one draw to the next by a factor of four.
     assert (
         0.01
         < statistics.median(first_to_last(name, {**args, "norm": norm}, seed) for seed in range(3))
@@ -69,7 +72,7 @@ def test_first_and_last_layer_with_other_norms(name, args, norm):
 def test_untrained_logits_are_near_the_bias(name, args):
     model, x = build(name, **args), images(name)
     for scale in (1, 2):
-        # batch statistics, as in training
+        # Batch statistics are used, as in training.
         logits = model(interpolate(x, scale_factor=scale, mode="bicubic").clamp(0, 1))
         assert (logits - model.logit_bias).abs().max() < 1
     outputs = model.temperature * (logits - model.logit_bias)
@@ -92,8 +95,9 @@ def digits(size):
     ],
 )
 def test_64_real_images_are_learnt_by_heart(name, size, learning_rate, args):
-    """The temperature is scaled to the number of positions, as the outputs are bounded by the
-    features' norm at each.
+    """The temperature is scaled to the number of positions.
+
+    The outputs are bounded by the norm of the features at each position.
     """
     (x, y), model = digits(size), build(name, **args)
     targets = nn.functional.one_hot(y, 10).float()

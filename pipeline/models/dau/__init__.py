@@ -1,4 +1,4 @@
-"""Dynamic Alignment Units: the layer, the function it computes, and the kernels for it.
+"""Dynamic Alignment Units: the layer, the function it computes, and its kernels.
 
 Source: Böhle, Fritz, Schiele, arXiv 2109.13004, section 3.
 """

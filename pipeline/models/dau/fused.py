@@ -1,156 +1,55 @@
-"""Dynamic Alignment Units on CUDA: launchers of the Triton kernels in ``fused_kernels`` (arXiv
-2109.13004, eq. 1-4).
+"""Dynamic Alignment Units on CUDA: what runs the Triton kernels of ``fused_kernels``.
 
-With w_o = A_o z + b_o, a = dL/d dot and c = 2 dL/d norm2, both (N, O), everything is a matrix
-product over the units:
+Source of the formulas: arXiv 2109.13004, eq. 1-4. With w_o = A_o z + b_o, a = dL/d dot and
+c = 2 dL/d norm2, both (N, O), everything is a matrix product over the units:
 
-    dot_o = <w_o, x>, norm2_o = <w_o, w_o>                        forward: w_o stays in registers,
-    by blocks grad_rows = sum_o a_o (A_o z + b_o)                           all of the backward pass
-    in explanation mode grad_z    = sum_o a_o A_o^T x + c_o (G_o z + A_o^T b_o)       G_o = A_o^T
-    A_o grad_A_o  = sum_n a_o x z^T + A_o M_o + b_o h_o^T             M_o = sum_n c_o z z^T, h_o =
-    sum_n c_o z grad_b_o  = sum_n a_o x + A_o h_o + b_o sum_n c_o
+    dot_o     = <w_o, x>, norm2_o = <w_o, w_o>            w_o stays in registers, by blocks
+    grad_rows = sum_o a_o (A_o z + b_o)                   all of an explanation's backward pass
+    grad_z    = sum_o a_o A_o^T x + c_o (G_o z + A_o^T b_o)             G_o = A_o^T A_o
+    grad_A_o  = sum_n a_o x z^T + A_o M_o + b_o h_o^T     M_o = sum_n c_o z z^T, h_o = sum_n c_o z
+    grad_b_o  = sum_n a_o x + A_o h_o + b_o sum_n c_o
 
 No w is computed twice: 4 P + 2 Q operations with P = 2 N D R O and Q = 2 N R^2 O, against 5 P where
 the backward pass recomputes w. A Gram matrix ruins a norm where z lies in a weak direction of A_o,
 but hardly its gradient: G_o z errs about 4 times as much as A_o^T (A_o z), whatever the condition
 of A_o. Everything is summed in fp32 and in a fixed order. The speed is not measured on a GPU.
 
-Legend: N positions, D values of a patch, R rank, O units. Triton itself is imported at the first
-    launch: the module imports
-without it.
+Triton itself is imported at the first launch: the module can be imported without it.
+
+Legend: N positions, D values of a patch, R rank, O units, K targets.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-# what is compiled and checked for spills; more is left to plain PyTorch
+from pipeline.models.dau.chunks import Gradients, Needs
+from pipeline.models.dau.launches import Launch, dot_precision, launches
+
+# The highest rank that is compiled and checked for spills; above it plain PyTorch is used.
 MAX_RANK = 256
-# of the operands
+# Data types that the operands may have.
 DTYPES = (torch.float32, torch.bfloat16)
-OPTIONS = {"num_warps": 8, "num_stages": 2}
-# positions are split until a gradient of the weights keeps a large GPU busy; independent of the
-# device
-OUTER_PROGRAMS = 512
-# positions of a split
-MIN_SPAN = 1024
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel of ``fused_kernels``, its compile-time constants and its grid of programs."""
-
-    kernel: str
-    constants: dict[str, int | str]
-    grid: tuple[int, int, int]
-    options: dict[str, int] = field(default_factory=OPTIONS.copy)
-
-
-def launches(
-    positions: int, values: int, rank: int, units: int, precision: str
-) -> dict[str, Launch]:
-    """Every launch of a layer by its purpose; ``precision`` as in :func:`dot_precision`."""
-
-    def mix(depth: int, columns: int, stride_depth: int, stride_columns: int) -> Launch:
-        block_k, block_c = _block(depth, 16 if thrice else 64), _block(columns, 64)
-        block_n = 128 if min(block_k, block_c) == 64 else 64
-        blocks = dict(BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_C=block_c)
-        shape = dict(
-            K=depth, C=columns, UNITS=units, STRIDE_K=stride_depth, STRIDE_C=stride_columns
-        )
-        grid = (math.ceil(positions / block_n), math.ceil(columns / block_c), 1)
-        # left to itself, ptxas spills in narrow blocks to bring them down to 128 registers, which
-        # these kernels do not need
-        limit = {"maxnreg": 255} if block_c < 64 else {}
-        return Launch(
-            "mix_kernel", {**shape, **blocks, "PRECISION": precision}, grid, OPTIONS | limit
-        )
-
-    def outer(height: int, width: int) -> Launch:
-        blocks = dict(
-            BLOCK_N=32,
-            BLOCK_D=_block(height, 64 if thrice else 128),
-            BLOCK_R=_block(width, 64 if thrice else 128),
-        )
-        tiles = math.ceil(height / blocks["BLOCK_D"]) * math.ceil(width / blocks["BLOCK_R"])
-        splits = max(1, min(math.ceil(OUTER_PROGRAMS / (tiles * units)), positions // MIN_SPAN))
-        return Launch(
-            "outer_kernel",
-            {"D": height, "R": width, "UNITS": units, **blocks, "PRECISION": precision},
-            (tiles, units, splits),
-        )
-
-    # holds every operand in two parts: smaller blocks
-    thrice = precision == "tf32x3"
-    block_n = 64 if thrice else 128
-    blocks = dict(
-        BLOCK_N=block_n,
-        BLOCK_D=_block(values, 32 if thrice else 64),
-        BLOCK_R=_block(rank, 32 if thrice else 64),
-        BLOCK_O=16,
-    )
-    constants: dict[str, int | str] = {
-        "D": values,
-        "R": rank,
-        "UNITS": units,
-        **blocks,
-        "PRECISION": precision,
-    }
-    return {
-        "forward": Launch(
-            "forward_kernel", constants, (math.ceil(positions / block_n), math.ceil(units / 16), 1)
-        ),
-        # M_o = A_o^T
-        "grad_rows": mix(rank, values, 1, rank),
-        # M_o = A_o
-        "grad_z": mix(values, rank, rank, 1),
-        # M_o = G_o
-        "grad_z of norm2": mix(rank, rank, rank, 1),
-        "grad_weight": outer(values, rank),
-        "grad_weight of norm2": outer(rank, rank),
-    }
-
-
-def _block(size: int, largest: int) -> int:
-    """The largest power of two from 16 to ``largest`` that pads ``size`` by at most an eighth, else
-    the one that pads least.
-    """
-    blocks = [2**power for power in range(largest.bit_length() - 1, 3, -1)]
-    padded = {block: math.ceil(size / block) * block for block in blocks}
-    return next(
-        (block for block in blocks if 8 * padded[block] <= 9 * size),
-        min(blocks, key=lambda block: padded[block]),
-    )
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """How products are formed: of fp32 operands by TF32 where torch may use it, else by three TF32
-    products, as accurate as fp32.
-    """
-    exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
-    # without meaning for bf16 operands
-    return "tf32x3" if exact else "tf32"
 
 
 def _run(launch: Launch, **arguments: Tensor | int | None) -> None:
-    # needs triton
+    # Needs Triton.
     from pipeline.models.dau import fused_kernels
 
     kernel = getattr(fused_kernels, launch.kernel)
-    with torch.cuda.device_of(
-        next(value for value in arguments.values() if isinstance(value, Tensor))
-    ):
+    tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
+    # torch does not type device_of.
+    with torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]
         kernel[launch.grid](**arguments, **launch.constants, **launch.options)
 
 
 def forward(
     rows: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, with_norm: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Dot products and squared weight norms of every unit at every position.
+    """Compute the dot products and squared weight norms of every unit at every position.
 
     Args:
         rows: patches x, (N, D), of a dtype in ``DTYPES`` like the other operands.
@@ -180,12 +79,15 @@ def backward(
     bias: Tensor | None,
     grad_dot: Tensor,
     grad_norm2: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of :func:`forward`, fp32, each None unless ``needs`` asks for it.
+    needs: Needs,
+) -> Gradients:
+    """Compute the gradients of :func:`forward`, fp32, each None unless ``needs`` asks for it.
 
     Args:
-        rows, z, weight, bias: the arguments of :func:`forward`.
+        rows: as in :func:`forward`.
+        z: as in :func:`forward`.
+        weight: as in :func:`forward`.
+        bias: as in :func:`forward`.
         grad_dot: dL/d dot, (N, O).
         grad_norm2: dL/d norm2, (N, O), or None.
         needs: whether the gradients of rows, z, weight and bias are wanted.
@@ -195,7 +97,7 @@ def backward(
     plan = launches(
         len(rows), weight.shape[1], weight.shape[2], len(weight), dot_precision(rows.dtype)
     )
-    # (O, N): a unit's factors are read by neighbouring positions
+    # Both (O, N): a unit's factors are read by neighbouring positions.
     a = grad_dot.t().float().contiguous()
     c = None if grad_norm2 is None else grad_norm2.t().float().mul(2).contiguous()
     grad_rows = grad_z = grad_weight = grad_bias = None
@@ -223,8 +125,9 @@ def backward(
 
 
 def explain(z: Tensor, weight: Tensor, bias: Tensor | None, grad_dot: Tensor) -> Tensor:
-    """sum_o a_o w_o for several targets, the whole backward pass in explanation mode: (K, N, O) ->
-    (K, N, D), fp32.
+    """Compute sum_o a_o w_o for several targets: (K, N, O) -> (K, N, D), fp32.
+
+    This is the whole backward pass in explanation mode.
     """
     z, weight = z.contiguous(), weight.contiguous()
     units, values, rank = weight.shape
@@ -254,8 +157,9 @@ def _add_gradients_of_norm2(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """Add what c (O, N) contributes to those gradients that are not None. Operands in fp32: a bf16
-    Gram matrix is too coarse.
+    """Add what c (O, N) contributes to those gradients that are not None.
+
+    The operands must be fp32: a bf16 Gram matrix is too coarse.
     """
     h = c @ z  # (O, R)
     if grad_z is not None:
@@ -272,7 +176,7 @@ def _add_gradients_of_norm2(
 
 
 def _outer(launch: Launch, rows: Tensor, z: Tensor, scale: Tensor) -> Tensor:
-    """sum_n scale_on rows_n z_n^T, (O, D, R)."""
+    """Compute sum_n scale_on rows_n z_n^T, (O, D, R)."""
     splits = launch.grid[2]
     parts = torch.empty(
         splits, len(scale), rows.shape[1], z.shape[1], dtype=torch.float32, device=rows.device
@@ -293,8 +197,9 @@ def _outer(launch: Launch, rows: Tensor, z: Tensor, scale: Tensor) -> Tensor:
 def self_check(
     device: torch.device, dtype: torch.dtype, reference: Callable[..., tuple[Tensor, Tensor]]
 ) -> str | None:
-    """Compare both passes and explanation mode with plain PyTorch on a small slice; once per
-    process, device and dtype.
+    """Compare both passes and explanation mode with plain PyTorch on small operands.
+
+    A process does so once for each device and dtype.
 
     Args:
         device: a CUDA device.
@@ -308,8 +213,8 @@ def self_check(
     try:
         name = _difference(device, dtype, reference)
     except Exception as error:
-        # no triton, no C compiler, too old a device or driver: each fails in its own way, all mean
-        # "do without"
+        # No Triton, no C compiler, too old a device or driver: each fails in its own way, and each
+        # means "do without".
         lines = str(error).strip().splitlines()
         return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return f"{name} differs from plain PyTorch in {dtype}" if name else None
@@ -318,7 +223,7 @@ def self_check(
 def _difference(
     device: torch.device, dtype: torch.dtype, reference: Callable[..., tuple[Tensor, Tensor]]
 ) -> str | None:
-    """The first result that is further than rounding from ``reference``, or None."""
+    """Name the first result that is further than rounding from ``reference``, or None."""
     generator = torch.Generator().manual_seed(0)
     shapes = {
         "rows": (70, 40),
@@ -343,11 +248,10 @@ def _difference(
         strict=True,
     )
     ours["explanation"] = explain(z, weight, bias, grad_dot[None])[0]
-    for (name, ours_), theirs in zip(
-        ours.items(), [*outputs, *gradients, explanation], strict=True
-    ):
-        assert ours_ is not None
-        # a NaN differs
-        if not (ours_ - theirs).norm() <= 1e-2 * theirs.norm():
+    expected = [*outputs, *gradients, explanation]
+    for (name, found), wanted in zip(ours.items(), expected, strict=True):
+        assert found is not None
+        # So written, a NaN differs.
+        if not (found - wanted).norm() <= 1e-2 * wanted.norm():
             return name
     return None

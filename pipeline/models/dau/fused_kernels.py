@@ -7,6 +7,10 @@ of two and may reach over the edge of any shape: loads there give 0, which adds 
 Legend, also of the suffixes: N positions, D values of a patch, R rank, O units. In a kernel n, i,
 j, o index a block of them.
 """
+# Names carry their shapes, and constants of the compilation are upper case.
+# ruff: noqa: N803, N806
+# Triton reads annotations of its own, and does not type its decorator.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import triton
 import triton.language as tl
@@ -16,17 +20,19 @@ import triton.language as tl
 def forward_kernel(
     rows, z, weight, bias, dot, norm2, positions,
     D: tl.constexpr, R: tl.constexpr, UNITS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dot and norm2 (O, N) of a block of units at a block of positions, from w_o = A_o z + b_o in
-    blocks of (N, D).
+    """Compute dot and norm2 (O, N) of a block of units at a block of positions.
+
+    w_o = A_o z + b_o is formed in blocks of (N, D).
 
     rows (N, D), z (N, R), weight (O, D, R), bias (O, D) or None, norm2 None if not wanted. Squares
     are summed over w itself, hence exact also where z lies in a weak direction of A_o. A block of x
     serves all units of the program.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # N * D may exceed 2^31
+    # N * D may exceed 2^31.
     n_64 = n.to(tl.int64)
     first_unit = tl.program_id(1) * BLOCK_O
     o = tl.arange(0, BLOCK_O)
@@ -73,11 +79,13 @@ def forward_kernel(
 @triton.jit
 def mix_kernel(
     left, scale, matrices, out, positions,
-    K: tl.constexpr, C: tl.constexpr, UNITS: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_C: tl.constexpr,
+    K: tl.constexpr, C: tl.constexpr, UNITS: tl.constexpr,
+    STRIDE_K: tl.constexpr, STRIDE_C: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out_n += sum_o scale_on left_n M_o at a block of positions and of the C columns: one matrix
-    product of depth O * K.
+    """Add sum_o scale_on left_n M_o to out_n, for a block of positions and of the C columns.
+
+    It is one matrix product of depth O * K.
 
     left (N, K), scale (O, N) fp32, matrices (O, K, C) with strides K * C, STRIDE_K, STRIDE_C, out
     (N, C) fp32. A block of left stays in registers while the matrices of all units pass by.
@@ -113,8 +121,9 @@ def outer_kernel(
     D: tl.constexpr, R: tl.constexpr, UNITS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out_s,o = sum_n scale_on rows_n z_n^T over the s-th ``span`` of positions, for one unit and a
-    block of (D, R).
+    """Compute out_s,o = sum_n scale_on rows_n z_n^T for one unit and a block of (D, R).
+
+    The sum is over the s-th ``span`` of positions.
 
     rows (N, D), z (N, R), scale (O, N) fp32, out (splits, O, D, R) fp32. The splits are summed
     afterwards, in fixed order.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.models.dau import chunked, fused
-from pipeline.models.dau.chunked import Gradients, Needs
+from pipeline.models.dau.chunks import Gradients, Needs
 
 log = logging.getLogger(__name__)
 
