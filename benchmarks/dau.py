@@ -1,5 +1,6 @@
-"""Time and memory of the DAU layer against its slow twin, which forms every dynamic weight:
-``python -m benchmarks.dau``.
+"""Time and memory of the DAU layer against its slow twin, which forms every dynamic weight.
+
+    python -m benchmarks.dau
 
 One run, interleaved, medians; memory in a process of its own for each measurement. The floor of a
 step is three matrix products of 2 N d (r + 1) O operations per layer, at the rate of a 2048 x 2048
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -22,14 +24,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import pipeline  # noqa: F401  registers the models
+# Registers the models.
+import pipeline  # noqa: F401
 from pipeline.interpret.contributions import layer_contributions
 from pipeline.models.dau import DAUConv2d
 from pipeline.models.dau.reference import twin
 
-# name -> (batch, resolution)
+# (batch, resolution) by name.
 MODELS = {"coda_s": (16, 32), "coda_l": (1, 240)}
-# of one layer: which of its sizes grows
+# Factors of the sizes of one layer, by what grows.
 GROWTH = {
     "as it is": {},
     "batch x 2": {"batch": 2},
@@ -49,17 +52,19 @@ class Twin(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the output of the layer."""
         return twin(self.layer, x)
 
 
 def with_twins(model: nn.Module) -> nn.Module:
-    """``model`` with every DAU layer replaced by its twin, which shares the parameters."""
+    """Replace every DAU layer of ``model`` by its twin, which shares the parameters."""
     for name, child in model.named_children():
         setattr(model, name, Twin(child) if isinstance(child, DAUConv2d) else with_twins(child))
     return model
 
 
 def make(name: str, twins: bool) -> tuple[nn.Module, Tensor]:
+    """Build a model, with twins or without, and a batch of images for it."""
     torch.manual_seed(0)
     batch, size = MODELS[name]
     model = timm.create_model(name)
@@ -67,19 +72,19 @@ def make(name: str, twins: bool) -> tuple[nn.Module, Tensor]:
 
 
 def training_step(module: nn.Module, x: Tensor) -> None:
+    """Run a forward and a backward pass."""
     module.zero_grad(set_to_none=False)
     module(x).sum().backward()
 
 
 def medians(tasks: dict[str, Callable[[], None]], repeats: int, title: str) -> dict[str, float]:
-    """Seconds of each task: medians of ``repeats`` rounds. A task runs twice in its turn, and the
-    second run is timed.
+    """Measure the seconds of each task, medians of ``repeats`` rounds.
 
-    So that it follows its own kind, as a training step does, and does not pay for the caches and
-    the heap that the other has left.
+    A task runs twice in its turn, and the second run is timed. So it follows its own kind, as a
+    training step does, and does not pay for the caches and the heap that another task has left.
     """
     times: dict[str, list[float]] = {name: [] for name in tasks}
-    # the first round warms up
+    # The first round warms up.
     for _ in tqdm(range(repeats + 1), desc=title, file=sys.stderr):
         for name, task in tasks.items():
             task()
@@ -90,6 +95,7 @@ def medians(tasks: dict[str, Callable[[], None]], repeats: int, title: str) -> d
 
 
 def sgemm() -> Callable[[], None]:
+    """Make a task of one 2048 x 2048 matrix product."""
     a, b, out = torch.rand(2048, 2048), torch.rand(2048, 2048), torch.empty(2048, 2048)
 
     def multiply() -> None:
@@ -99,7 +105,7 @@ def sgemm() -> Callable[[], None]:
 
 
 def record_layers(model: nn.Module, x: Tensor) -> list[tuple[DAUConv2d, Tensor, int]]:
-    """Every DAU layer with its input and number of positions, in order."""
+    """List every DAU layer with its input and number of positions, in order of execution."""
     found: list[tuple[DAUConv2d, Tensor, int]] = []
     with torch.no_grad(), ExitStack() as hooks:
         for module in model.modules():
@@ -115,55 +121,56 @@ def record_layers(model: nn.Module, x: Tensor) -> list[tuple[DAUConv2d, Tensor, 
 
 
 def products(layer: DAUConv2d, positions: int) -> float:
-    """Operations of one pass, 2 N d (r + 1) O."""
+    """Count the operations of one pass, 2 N d (r + 1) O."""
     units, values, rank = layer.up_weight.shape
     return 2.0 * positions * values * (rank + 1) * units
 
 
 def time_steps(name: str, repeats: int) -> None:
+    """Print the times of a model's training step and of each layer's, against the twin."""
     model, x = make(name, twins=False)
     layers = record_layers(make(name, twins=False)[0], x)
     slow, _ = make(name, twins=True)
-    tasks = {
-        "twin": lambda: training_step(slow, x),
-        "ours": lambda: training_step(model, x),
+    tasks: dict[str, Callable[[], None]] = {
+        "twin": partial(training_step, slow, x),
+        "ours": partial(training_step, model, x),
         "sgemm": sgemm(),
     }
     seconds = medians(tasks, repeats, name)
     rate = 2 * 2048**3 / seconds["sgemm"]
     floor = 3 * sum(products(layer, positions) for layer, _, positions in layers) / rate
     print(
-        f"\n### {name}, batch {len(x)}, {x.shape[-1]}x{x.shape[-1]}: forward and backward (sgemm {rate / 1e9:.0f} GF/s)\n"
+        f"\n### {name}, batch {len(x)}, {x.shape[-1]}x{x.shape[-1]}: forward and backward "
+        f"(sgemm {rate / 1e9:.0f} GF/s)\n"
     )
     print("| layer | d | r | units | positions | twin ms | ours ms | ratio | of the floor |")
     print("|---|---|---|---|---|---|---|---|---|")
     for index, (layer, inputs, positions) in enumerate(layers):
-        # nobody asks for the gradient of an image
+        # Training does not need the gradient of an image.
         inputs.requires_grad_(index > 0)
-        slow_layer = Twin(layer)
         tasks = {
-            "twin": lambda m=slow_layer, i=inputs: training_step(m, i),
-            "ours": lambda m=layer, i=inputs: training_step(m, i),
+            "twin": partial(training_step, Twin(layer), inputs),
+            "ours": partial(training_step, layer, inputs),
             "sgemm": sgemm(),
         }
         one = medians(tasks, repeats, f"{name}, layer {index + 1}")
         share = 3 * products(layer, positions) / (2 * 2048**3 / one["sgemm"]) / one["ours"]
         units, values, rank = layer.up_weight.shape
         print(
-            f"| {index + 1} | {values} | {rank} | {units} | {positions} | {1e3 * one['twin']:.1f} | {1e3 * one['ours']:.1f} | ",
-            end="",
+            f"| {index + 1} | {values} | {rank} | {units} | {positions} "
+            f"| {1e3 * one['twin']:.1f} | {1e3 * one['ours']:.1f} "
+            f"| {one['twin'] / one['ours']:.1f} | {share:.2f} |",
+            flush=True,
         )
-        print(f"{one['twin'] / one['ours']:.1f} | {share:.2f} |", flush=True)
     print(
-        f"| **step** | | | | | {1e3 * seconds['twin']:.0f} | {1e3 * seconds['ours']:.0f} | ", end=""
-    )
-    print(
-        f"**{seconds['twin'] / seconds['ours']:.2f}** | **{floor / seconds['ours']:.2f}** |",
+        f"| **step** | | | | | {1e3 * seconds['twin']:.0f} | {1e3 * seconds['ours']:.0f} "
+        f"| **{seconds['twin'] / seconds['ours']:.2f}** | **{floor / seconds['ours']:.2f}** |",
         flush=True,
     )
 
 
 def time_explanation(repeats: int) -> None:
+    """Print the times of contributions against a forward pass."""
     model, x = make("coda_s", twins=False)
     targets = 9
 
@@ -183,15 +190,21 @@ def time_explanation(repeats: int) -> None:
     more = (seconds["all"] - seconds["one"]) / (targets - 1) / seconds["forward"]
     print(f"\n### Explanation mode, coda_s, batch {len(x)}\n")
     print(
-        f"Forward pass {1e3 * seconds['forward']:.0f} ms; with one target {seconds['one'] / seconds['forward']:.2f} times that, ",
-        end="",
+        f"Forward pass {1e3 * seconds['forward']:.0f} ms; "
+        f"with one target {seconds['one'] / seconds['forward']:.2f} times that, "
+        f"each target beyond the first {more:.2f} times.",
+        flush=True,
     )
-    print(f"each target beyond the first {more:.2f} times.", flush=True)
 
 
 def peak(task: str) -> None:
-    """Print the MiB that a step holds beyond the weights, their gradients and the input; run in a
-    process of its own.
+    """Print the MiB that a step holds beyond the weights, their gradients and the input.
+
+    It must run in a process of its own.
+
+    Args:
+        task: kind ("twin" or "ours"), then a model's name, or "layer" and names and values of the
+            factors of its sizes; separated by commas.
     """
     kind, name, *factors = task.split(",")
     if name in MODELS:
@@ -200,9 +213,9 @@ def peak(task: str) -> None:
         module, x = growth_layer(dict(zip(factors[::2], map(int, factors[1::2]), strict=True)))
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    # the library's own buffers
+    # The library makes its own buffers.
     torch.mm(torch.rand(64, 64), torch.rand(64, 64))
-    # the peak starts again from here; getrusage's would include the parent's
+    # The peak starts again from here; getrusage's would include the parent's.
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     training_step(module, x)
@@ -210,21 +223,20 @@ def peak(task: str) -> None:
 
 
 def resident(kind: str) -> int:
-    """KiB of this process: "VmRSS" now, "VmHWM" at most so far."""
-    (line,) = (
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith(f"{kind}:")
-    )
+    """Read the KiB of this process: "VmRSS" now, "VmHWM" at most so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{kind}:"))
     return int(line.split()[1])
 
 
 def measure_peak(task: str) -> float:
+    """Run :func:`peak` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.dau", "--peak", task]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def memory() -> None:
+    """Print the peak memory of each model's training step, against the twin."""
     print("\n### Peak memory of a step beyond weights, gradients and input\n")
     print("| model | twin MiB | ours MiB | ratio |\n|---|---|---|---|")
     for name in MODELS:
@@ -233,6 +245,7 @@ def memory() -> None:
 
 
 def growth_layer(factors: dict[str, int]) -> tuple[nn.Module, Tensor]:
+    """Build a layer and an input whose sizes are multiplied by ``factors``."""
     torch.manual_seed(0)
     sizes = dict(batch=8, height=32, rank=32, units=32)
     sizes |= {name: sizes[name] * factor for name, factor in factors.items()}
@@ -241,22 +254,23 @@ def growth_layer(factors: dict[str, int]) -> tuple[nn.Module, Tensor]:
 
 
 def growth(repeats: int) -> None:
-    tasks = {}
+    """Print how time and memory of a layer grow with its sizes."""
+    tasks: dict[str, Callable[[], None]] = {}
     for name, factors in GROWTH.items():
         layer, x = growth_layer(factors)
-        tasks[name] = lambda m=layer, i=x: training_step(m, i)
+        tasks[name] = partial(training_step, layer, x)
     seconds = medians(tasks, repeats, "growth")
     print("\n### Growth of one layer (8 images 32x32, 32 to 32 channels, 3x3, rank 32)\n")
     print("| what grows | time | peak MiB |\n|---|---|---|")
     for name, factors in GROWTH.items():
         flat = [str(item) for pair in factors.items() for item in pair]
-        print(
-            f"| {name} | {seconds[name] / seconds['as it is']:.2f} | {measure_peak(','.join(['ours', 'layer', *flat])):.0f} |",
-            flush=True,
-        )
+        ratio = seconds[name] / seconds["as it is"]
+        mebibytes = measure_peak(",".join(["ours", "layer", *flat]))
+        print(f"| {name} | {ratio:.2f} | {mebibytes:.0f} |", flush=True)
 
 
 def main() -> None:
+    """Print all tables, or measure one peak."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
@@ -264,7 +278,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.peak:
-        return peak(arguments.peak)
+        peak(arguments.peak)
+        return
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     print(f"{date.today()}, {platform.machine()}, {torch.get_num_threads()} threads, {versions}")
     for name in MODELS:

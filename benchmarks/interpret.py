@@ -1,9 +1,9 @@
-"""Cost of the grid pointing game: this pipeline against one backward pass per class and grid with
-the dynamic weights held.
+"""Cost of the grid pointing game against backward passes that hold every dynamic weight.
 
-    python -m benchmarks.interpret                  # 500 grids of 3x3 CIFAR-sized images with
-    coda_s, as published python -m benchmarks.interpret --grids 4        # the same numbers per
-    grid, sooner
+    # 500 grids of 3x3 CIFAR-sized images with coda_s, as published.
+    python -m benchmarks.interpret
+    # The same numbers per grid, sooner.
+    python -m benchmarks.interpret --grids 4
 
 Both sides explain the same random grids of 96 x 96 pixels for all nine classes with the same
 weights. The peer is what the method's formula reads as: every layer forms w = A z + b for all units
@@ -19,18 +19,21 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import timm
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import pipeline  # noqa: F401  registers the models
+# Registers the models.
+import pipeline  # noqa: F401
 from pipeline.evaluation.grid_game import GRIDS_AT_ONCE
 from pipeline.interpret.contributions import (
     explainable_layers,
     explanation_mode,
     layer_contributions,
+    parts,
 )
 from pipeline.interpret.pointing_game import localisation_scores
 from pipeline.models.dau import DAUConv2d
@@ -40,11 +43,13 @@ CLASSES, SIDE = 9, 96
 
 
 def ours(model: torch.nn.Module, grids: Tensor, layers: list[str | None]) -> Tensor:
-    """Scores (G, 9) at the input; contributions of all ``layers`` from one forward pass for four
-    grids and one batched backward.
+    """Score the grids at the first of ``layers``: (G, 9).
+
+    The contributions of all layers come from one forward and one batched backward pass for a few
+    grids.
     """
     scores = []
-    for part in tqdm(grids.split(GRIDS_AT_ONCE), desc="ours", leave=False):
+    for part in tqdm(torch.split(grids, GRIDS_AT_ONCE), desc="ours", leave=False):
         targets = torch.arange(CLASSES).expand(len(part), -1)
         maps = layer_contributions(model, part, targets, layers, sum_channels=True)
         scores.append(localisation_scores(maps[None], 3))
@@ -52,20 +57,20 @@ def ours(model: torch.nn.Module, grids: Tensor, layers: list[str | None]) -> Ten
 
 
 def materialised(model: torch.nn.Module, grids: Tensor, share_forward: bool) -> Tensor:
-    """The same scores, a class and grid at a time, with every dynamic weight in memory."""
+    """Compute the same scores, a class and grid at a time, with every dynamic weight in memory."""
     scores = []
+    encode, forward_encoded, temperature, logit_bias = parts(model)
     dynamic = [module for module in model.modules() if isinstance(module, DAUConv2d)]
     with explanation_mode(model):
         for layer in dynamic:
-            layer.forward = lambda x, layer=layer: twin(layer, x)  # type: ignore[method-assign]
+            # A layer computes as its twin until the end.
+            layer.forward = partial(twin, layer)  # type: ignore[method-assign]
         for grid in tqdm(grids, desc="materialised", leave=False):
-            encoded = model.encode(grid[None]).requires_grad_()
+            encoded = encode(grid[None]).requires_grad_()
             maps = []
             for target in range(CLASSES):
                 if target == 0 or not share_forward:
-                    outputs = model.temperature * (
-                        model.forward_encoded(encoded)[0] - model.logit_bias
-                    )
+                    outputs = temperature * (forward_encoded(encoded)[0] - logit_bias)
                 (gradient,) = torch.autograd.grad(
                     outputs[target], encoded, retain_graph=share_forward
                 )
@@ -77,7 +82,10 @@ def materialised(model: torch.nn.Module, grids: Tensor, share_forward: bool) -> 
 
 
 def timed(run: Callable[[], Tensor], repeats: int) -> tuple[float, float, Tensor]:
-    """Median seconds of a run, their spread (largest less smallest), and what it returns."""
+    """Measure the median seconds of a run and their spread (largest less smallest).
+
+    The result of the last run comes third.
+    """
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -102,32 +110,32 @@ def main() -> None:
     layers = [layer.name for layer in explainable_layers(model, grids[:1])]
 
     few = grids[: options.peer_grids]
-    _, _, found = timed(lambda: ours(model, few, [None]), 1)
+    found = ours(model, few, [None])
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, coda_s rank {options.rank or 32}, {options.repeats} runs each"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"coda_s rank {options.rank or 32}, {options.repeats} runs each"
     )
     print(
-        "\n| what | grids | seconds per grid (spread) | forward per class / this | shared forward / this |\n|---|---|---|---|---|"
+        "\n| what | grids | seconds per grid (spread) | forward per class / this "
+        "| shared forward / this |\n|---|---|---|---|---|"
     )
     rows, peers = [], []
     for share, name in (
         (False, "materialised, forward and backward per class"),
         (True, "materialised, shared forward, backward per class"),
     ):
-        seconds, spread, expected = timed(
-            lambda share=share: materialised(model, few, share), options.repeats
-        )
+        seconds, spread, expected = timed(partial(materialised, model, few, share), options.repeats)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
         rows.append((name, len(few), seconds, spread))
         peers.append(seconds / len(few))
     counts = sorted({max(1, options.grids // 4), max(1, options.grids // 2), options.grids})
+    at_input: list[str | None] = [None]
     for count, places, name in [
-        *((n, [None], "this pipeline, input") for n in counts),
+        *((count, at_input, "this pipeline, input") for count in counts),
         (counts[0], layers, "this pipeline, all layers"),
     ]:
-        seconds, spread, _ = timed(
-            lambda count=count, places=places: ours(model, grids[:count], places), options.repeats
-        )
+        run = partial(ours, model, grids[:count], places)
+        seconds, spread, _ = timed(run, options.repeats)
         rows.append((name, count, seconds, spread))
     for name, count, seconds, spread in rows:
         ratios = " | ".join(f"{peer * count / seconds:.1f}" for peer in peers)

@@ -1,5 +1,6 @@
-"""Compile the DAU's Triton kernels for sm_80 and sm_90 without a GPU; print docs/triton.md's tables
-(registers, spills, roofline).
+"""Resources of the DAU's Triton kernels, compiled for sm_80 and sm_90 without a GPU.
+
+The output is the tables of docs/triton.md: registers, spills, roofline.
 
     python -m benchmarks.triton_resources > tables.md
 
@@ -21,42 +22,51 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pipeline.models.dau import fused, fused_kernels
+from pipeline.models.dau import fused_kernels
+from pipeline.models.dau.launches import Launch, launches
 
-# compute capability -> what Triton has ptxas compile for
+# What Triton has ptxas compile for, by compute capability.
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a"}
-# bytes a program may use on any device from sm_80 on: the limit of sm_86 and sm_89, below 163 and
-# 227 KiB
+# Bytes of shared memory that a program may use on any device from sm_80 on: the limit of sm_86 and
+# sm_89, below the 163 and 227 KiB of sm_80 and sm_90.
 SHARED_MEMORY = 99 * 1024
-# -> operand type, precision
+# Operand type and precision of the products, by the name in the tables.
 KINDS = {"fp32": ("fp32", "tf32x3"), "TF32": ("fp32", "tf32"), "bf16": ("bf16", "tf32")}
+# Arguments that are fp32 whatever the operands are.
 ALWAYS_FP32 = {"dot", "norm2", "scale", "out"}
-# operations per second; three TF32 products make one of fp32 accuracy
+# Operations per second; three TF32 products make one of fp32 accuracy.
 H100 = {"fp32": 495e12 / 3, "TF32": 495e12, "bf16": 989e12}
-# bytes per second
+# Bytes per second.
 H100_BANDWIDTH = 3.35e12
 
 
 @dataclass(frozen=True)
 class Layer:
+    """The sizes of a DAU layer."""
+
     name: str
+    """As the tables call it."""
     positions: int
-    """Of one image."""
+    """Positions of one image."""
     values: int
+    """Values of a patch, D."""
     rank: int
+    """R."""
     units: int
+    """O."""
 
 
 def l_coda() -> list[Layer]:
-    """The nine layers of the official L-CoDA at 240 x 240."""
-    units, ranks = [16, 32, 32, 64, 64, 64, 64, 64, 100], [64, 64, 64, 128, 128, 128, 256, 256, 256]
+    """List the nine layers of the official L-CoDA at 240 x 240."""
+    units = [16, 32, 32, 64, 64, 64, 64, 64, 100]
+    ranks = [64, 64, 64, 128, 128, 128, 256, 256, 256]
     return _chain(
         "L-CoDA", 240, [7, *[3] * 8], [3, 1, 1, 2, 1, 1, 2, 1, 1], [3, *[1] * 8], units, ranks
     )
 
 
 def s_coda() -> list[Layer]:
-    """The nine layers of the official S-CoDA at 32 x 32."""
+    """List the nine layers of the official S-CoDA at 32 x 32."""
     units, ranks = [16, 16, 32, 32, 32, 64, 64, 64, 10], [32, 32, *[64] * 7]
     return _chain(
         "S-CoDA", 32, [*[3] * 8, 1], [1, 1, 2, 1, 1, 2, 1, 1, 1], [*[1] * 8, 0], units, ranks
@@ -83,9 +93,7 @@ def _chain(
 
 
 def hybrids() -> list[Layer]:
-    """Last stages of hybrids: wide 1x1 and 3x3 layers of low and high rank, and a classifier of
-    1000 units.
-    """
+    """List layers of hybrids: wide 1x1 and 3x3 ones of low and high rank, and a classifier."""
     wide = [Layer(f"hybrid 3x3 rank {rank}", 196, 256 * 9, rank, 256) for rank in (8, 16, 32, 64)]
     return [
         *wide,
@@ -96,19 +104,27 @@ def hybrids() -> list[Layer]:
 
 @dataclass(frozen=True)
 class Resources:
+    """What a compiled kernel uses."""
+
     registers: int
-    """Of a thread."""
+    """Registers of a thread."""
     spilled: int
-    """Bytes stored and loaded."""
+    """Bytes that spills store and load."""
     shared: int
-    """Bytes of a program."""
+    """Bytes of shared memory of a program."""
 
 
 def compile_launch(
-    launch: fused.Launch, operand: str, capability: int, bias: bool = True, norm: bool = True
+    launch: Launch, operand: str, capability: int, bias: bool = True, norm: bool = True
 ) -> Resources:
-    """Compile as the just-in-time compiler would for 16-byte aligned tensors; raises triton's
-    errors.
+    """Compile as the just-in-time compiler would for 16-byte aligned tensors.
+
+    Args:
+        launch: what to compile.
+        operand: "fp32" or "bf16".
+        capability: of the device, a key of ``ARCHITECTURES``.
+        bias: whether the layer has one.
+        norm: whether norm2 is wanted.
     """
     kernel = getattr(fused_kernels, launch.kernel)
     absent = {
@@ -132,13 +148,13 @@ def compile_launch(
     )
     report = _assemble(compiled.asm["ptx"], ARCHITECTURES[capability])
     spilled = sum(int(number) for number in re.findall(r"(\d+) bytes spill", report))
-    return Resources(
-        int(re.search(r"Used (\d+) registers", report)[1]), spilled, compiled.metadata.shared
-    )
+    registers = re.search(r"Used (\d+) registers", report)
+    assert registers is not None
+    return Resources(int(registers[1]), spilled, compiled.metadata.shared)
 
 
 def _assemble(ptx: str, architecture: str) -> str:
-    """What the ptxas that Triton ships reports of ``ptx``."""
+    """Assemble ``ptx`` by the ptxas that Triton ships, and return its report."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
@@ -153,24 +169,24 @@ def _assemble(ptx: str, architecture: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
-def launches_of(
-    layer: Layer, kind: str, batch: int = 64
-) -> Iterator[tuple[str, fused.Launch, str]]:
-    """(purpose, launch, operand type) of everything a layer launches in training; the norm part
-    always has fp32 operands.
+def launches_of(layer: Layer, kind: str, batch: int = 64) -> Iterator[tuple[str, Launch, str]]:
+    """Yield (purpose, launch, operand type) of everything a layer launches in training.
+
+    The norm part always has fp32 operands.
     """
     operand, precision = KINDS[kind]
-    for purpose, launch in fused.launches(
-        batch * layer.positions, layer.values, layer.rank, layer.units, precision
-    ).items():
+    positions = batch * layer.positions
+    plan = launches(positions, layer.values, layer.rank, layer.units, precision)
+    for purpose, launch in plan.items():
         yield purpose, launch, "fp32" if purpose.endswith("of norm2") else operand
 
 
 def resource_table(layers: list[Layer], failures: list[str]) -> Iterator[str]:
-    """Lines of the table, a cell "registers, KiB" for each architecture; what spills or exceeds
-    ``SHARED_MEMORY`` joins ``failures``.
+    """Yield the lines of the table, with a cell "registers, KiB" for each architecture.
+
+    Launches that spill or exceed ``SHARED_MEMORY`` are added to ``failures``.
     """
-    purposes = list(fused.launches(1, 1, 1, 1, "tf32"))
+    purposes = list(launches(1, 1, 1, 1, "tf32"))
     yield f"| layer (D, R, O) | operands | {' | '.join(purposes)} | bytes spilled |"
     yield "|---|---|" + "---|" * len(purposes) + "---|"
     rows = [(layer, kind) for layer in layers for kind in KINDS]
@@ -182,22 +198,21 @@ def resource_table(layers: list[Layer], failures: list[str]) -> Iterator[str]:
             spilled += sum(u.spilled for u in used)
             if any(u.spilled or u.shared > SHARED_MEMORY for u in used):
                 failures.append(f"{layer.name}, {kind}, {purpose}: {used}")
-        yield f"| {layer.name} ({layer.values}, {layer.rank}, {layer.units}) | {kind} | {' | '.join(cells)} | {spilled} |"
+        sizes = f"({layer.values}, {layer.rank}, {layer.units})"
+        yield f"| {layer.name} {sizes} | {kind} | {' | '.join(cells)} | {spilled} |"
 
 
 def operations(layer: Layer, batch: int) -> tuple[float, float]:
-    """Operations of a forward pass and of a whole step with norm: P and 4 P + 2 Q, positions times
-    units in common.
-    """
+    """Count the operations of a forward pass and of a whole step with norm: P and 4 P + 2 Q."""
     pairs = 2.0 * batch * layer.positions * layer.units
-    return pairs * layer.values * layer.rank, pairs * (
-        4 * layer.values * layer.rank + 2 * layer.rank**2
-    )
+    step = 4 * layer.values * layer.rank + 2 * layer.rank**2
+    return pairs * layer.values * layer.rank, pairs * step
 
 
 def least_bytes(layer: Layer, batch: int, width: int) -> tuple[float, float]:
-    """Bytes of a forward pass and of a step if every operand of every launch crossed the memory bus
-    once.
+    """Count the bytes of a forward pass and of a step that move each operand of a launch once.
+
+    ``width`` is the size of an operand's number in bytes.
     """
     positions = batch * layer.positions
     rows, z = positions * layer.values, positions * layer.rank
@@ -208,6 +223,7 @@ def least_bytes(layer: Layer, batch: int, width: int) -> tuple[float, float]:
 
 
 def roofline_table(layers: list[Layer], batch: int = 64) -> Iterator[str]:
+    """Yield the lines of the table of least times, which says where memory is the limit."""
     yield (
         "| layer | N | D | R | O | forward GFLOP | step GFLOP | "
         + " | ".join(f"{kind} forward / step, us" for kind in H100)
@@ -234,16 +250,17 @@ def roofline_table(layers: list[Layer], batch: int = 64) -> Iterator[str]:
                 )
             )
         shape = f"{batch * layer.positions} | {layer.values} | {layer.rank} | {layer.units}"
-        yield f"| {layer.name} | {shape} | {flops[0] / 1e9:.0f} | {flops[1] / 1e9:.0f} | {' | '.join(cells)} |"
+        counts = f"{flops[0] / 1e9:.0f} | {flops[1] / 1e9:.0f}"
+        yield f"| {layer.name} | {shape} | {counts} | {' | '.join(cells)} |"
     sums = " | ".join(f"{forward:.0f} / {step:.0f}" for forward, step in total.values())
     yield f"| all nine | | | | | | | {sums} |"
 
 
 def main() -> None:
+    """Print both tables; exit with the launches that use too much."""
     failures: list[str] = []
-    print(
-        f"Triton {triton.__version__}, {' / '.join(f'sm_{capability}' for capability in ARCHITECTURES)}, batch 64\n"
-    )
+    names = " / ".join(f"sm_{capability}" for capability in ARCHITECTURES)
+    print(f"Triton {triton.__version__}, {names}, batch 64\n")
     print("\n".join(resource_table([*l_coda(), *s_coda(), *hybrids()], failures)), end="\n\n")
     print("\n".join(roofline_table(l_coda())))
     if failures:

@@ -52,13 +52,7 @@ class CoDANet(CoDAStagedNet):
         in_chans: int = 3,
         global_pool: str = "sum",
     ):
-        layers = {"kernels": kernels, "strides": strides, "units": units, "ranks": ranks}
-        for name, sizes in layers.items():
-            if isinstance(sizes, str) or not isinstance(sizes, Sequence):
-                raise ValueError(
-                    f"{name} is {sizes!r}; it must be a list of whole numbers, one for each layer"
-                )
-            require_whole(**{f"{name}[{index}]": size for index, size in enumerate(sizes)})
+        _check_layers(kernels=kernels, strides=strides, units=units, ranks=ranks)
         scales = {"rank": rank, "coda_width": coda_width}
         require_whole(**{name: size for name, size in scales.items() if size is not None})
         *layer_ranks, head_rank = _scaled([*ranks, head_rank], rank)
@@ -98,6 +92,16 @@ class CoDANet(CoDAStagedNet):
             temperature=temperature,
             logit_bias=logit_bias,
         )
+
+
+def _check_layers(**layers: Sequence[int]) -> None:
+    """Raise ValueError if one of ``layers`` is not a list of whole numbers of at least 1."""
+    for name, sizes in layers.items():
+        if isinstance(sizes, str) or not isinstance(sizes, Sequence):
+            raise ValueError(
+                f"{name} is {sizes!r}; it must be a list of whole numbers, one for each layer"
+            )
+        require_whole(**{f"{name}[{index}]": size for index, size in enumerate(sizes)})
 
 
 def _scaled(sizes: Sequence[int], first: int | None) -> list[int]:

@@ -88,15 +88,9 @@ class CoDAResNet(CoDAStagedNet):
             stride = 1 if index == 0 else 2
             chain = _coda_chain(before["num_chs"], width, stride, coda_layers, stage_rank, norm)
             pool = stem_pool(name, small_images)
-            numbered = [(str(position), layer) for position, layer in enumerate(chain)]
-            stages[name] = nn.Sequential(OrderedDict([*pool, *numbered]))
-            info.append(
-                dict(
-                    num_chs=width,
-                    reduction=before["reduction"] * stride * (2 if pool else 1),
-                    module=name,
-                )
-            )
+            stages[name] = nn.Sequential(OrderedDict([*pool, *chain]))
+            reduction = before["reduction"] * stride * (2 if pool else 1)
+            info.append(dict(num_chs=width, reduction=reduction, module=name))
         super().__init__(
             stages,
             info,
@@ -116,8 +110,8 @@ class CoDAResNet(CoDAStagedNet):
 
 def _coda_chain(
     in_channels: int, width: int, stride: int, layers: int, rank: int, norm: Norm
-) -> list[DAUConv2d]:
-    """Build the layers of one CoDA stage; the first 3x3 layer has the stride."""
+) -> list[tuple[str, DAUConv2d]]:
+    """Build the numbered layers of one CoDA stage; the first 3x3 layer has the stride."""
     chain = []
     if in_channels > width:
         chain.append(DAUConv2d(in_channels, width, 1, rank=rank, norm=norm))
@@ -135,7 +129,7 @@ def _coda_chain(
             )
         )
         in_channels = width
-    return chain
+    return [(str(position), layer) for position, layer in enumerate(chain)]
 
 
 _ON_IMAGENET = default_cfg(224, 32, 1000, "stem.conv1")

@@ -82,6 +82,12 @@ def build_trunk(
         feature_info.append(
             dict(num_chs=item["num_chs"], reduction=item["reduction"] // scale, module=name)
         )
+    _initialise(stages)
+    return stages, feature_info
+
+
+def _initialise(stages: dict[str, nn.Sequential]) -> None:
+    """Draw the convolutions, and scale the residual branches."""
     for stage in stages.values():
         for part in stage.modules():
             if isinstance(part, nn.Conv2d):
@@ -89,7 +95,6 @@ def build_trunk(
             elif isinstance(part, BasicBlock | Bottleneck):
                 last: Any = part.bn3 if isinstance(part, Bottleneck) else part.bn2
                 nn.init.constant_(last.weight, RESIDUAL_SCALE)
-    return stages, feature_info
 
 
 def stem_pool(stage: str, small_images: bool) -> list[tuple[str, nn.Module]]:
