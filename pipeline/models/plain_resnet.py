@@ -79,9 +79,8 @@ def build_trunk(
         stages[name] = nn.Sequential(
             OrderedDict([*stem_pool(name, small_images), *stage.named_children()])
         )
-        feature_info.append(
-            dict(num_chs=item["num_chs"], reduction=item["reduction"] // scale, module=name)
-        )
+        reduction = item["reduction"] // scale
+        feature_info.append(dict(num_chs=item["num_chs"], reduction=reduction, module=name))
     _initialise(stages)
     return stages, feature_info
 
