@@ -33,6 +33,7 @@ import pipeline  # noqa: F401
 from pipeline.distributed import World
 from pipeline.recipe.load import from_dict
 from pipeline.recipe.schema import TrackingRecipe
+from pipeline.run_folder import RunFolder
 from pipeline.tracking import NullTracker, Tracker, open_tracker
 from tests.tracking.faulty_proxy import FaultyProxy
 
@@ -116,7 +117,7 @@ def tracker_to(uri: str | None, folder: Path) -> Tracker:
     recipe = from_dict(tree)
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
-    return open_tracker(recipe, folder, World())
+    return open_tracker(recipe, RunFolder(folder), World())
 
 
 def main() -> None:

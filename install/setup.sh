@@ -15,7 +15,7 @@ here=$(dirname "$0")
 # 6.9 in the end, and what pip unpacks on the way.
 gigabytes=7.5
 [ -z "${TORCH_INDEX:-}" ] || gigabytes=3
-extras="train,explain,server,test"
+extras="train,explain,server,test,docs"
 cpu_index=https://download.pytorch.org/whl/cpu
 
 say() { printf '\n== %s\n' "$*"; }

@@ -3,7 +3,6 @@ pipeline needs.
 """
 
 import os
-import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import UserError
+from pipeline.slurm import first_node
 
 
 @dataclass(frozen=True)
@@ -34,25 +34,6 @@ class World:
     def is_main(self) -> bool:
         """Whether this process writes files and talks to MLflow."""
         return self.rank == 0
-
-
-def job_tags(environment: Mapping[str, str]) -> dict[str, str]:
-    """What Slurm says of the job that this process belongs to, as tags of its run; empty outside of
-    a job.
-    """
-    names = {
-        "slurm/job": "SLURM_JOB_ID",
-        "slurm/nodes": "SLURM_JOB_NODELIST",
-        "slurm/restarts": "SLURM_RESTART_COUNT",
-    }
-    if "SLURM_JOB_ID" not in environment:
-        return {}
-    return {tag: environment.get(name, "0") for tag, name in names.items()}
-
-
-def node_name(environment: Mapping[str, str]) -> str:
-    """What Slurm calls this machine, else its own name."""
-    return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
@@ -104,12 +85,6 @@ def rendezvous(environment: Mapping[str, str]) -> tuple[str, int]:
             f"environment variable {name} is not set; torchrun sets it, and under srun it follows from Slurm's own"
         )
     return address, int(port)
-
-
-def first_node(nodes: str) -> str:
-    """First name in Slurm's list of nodes: ``gpu[003-007,12],login`` -> ``gpu003``."""
-    match = re.match(r"([^,\[]*)(?:\[([^\],-]*)[^\]]*\]([^,]*))?", nodes)
-    return "".join(part or "" for part in match.groups()) if match else nodes
 
 
 def device_index(local_rank: int, visible: int) -> int:

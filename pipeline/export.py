@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
 
+from pipeline import __version__
 from pipeline.errors import UserError
 from pipeline.recipe.schema import Recipe
 from pipeline.run_folder import EXPORT_CONFIG, RunFolder
@@ -33,7 +34,11 @@ def export(model: nn.Module, recipe: Recipe, classes: Sequence[str], folder: Pat
     )
     shutil.rmtree(temporary, ignore_errors=True)
     size = recipe.data.evaluated_size
-    config = {"label_names": list(classes), "pretrained_cfg": {"input_size": [3, size, size]}}
+    config = {
+        "label_names": list(classes),
+        "pretrained_cfg": {"input_size": [3, size, size]},
+        "coda_pipeline": __version__,
+    }
     save_for_hf(
         model,
         str(temporary),

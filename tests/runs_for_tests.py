@@ -4,10 +4,10 @@ from pathlib import Path
 
 from pipeline.data import loaders
 from pipeline.data.prepared import open_prepared
+from pipeline.recipe.schedules import learning_rate
 from pipeline.recipe.schema import Recipe
 from pipeline.reports.run import write_report
 from pipeline.run_folder import RunFolder
-from pipeline.training.optim import learning_rate
 from pipeline.training.setup import Setup
 
 

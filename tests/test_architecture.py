@@ -19,8 +19,8 @@ OWNERS = {
 # Rooms from the ground up. A room imports from itself and from the floors below it; rooms of one
 # floor do not know each other.
 FLOORS = [
-    {"errors", "run_folder"},
-    {"files", "log", "recipe", "distributed", "slurm"},
+    {"errors", "run_folder", "slurm"},
+    {"files", "log", "recipe", "distributed"},
     {"caches", "models"},
     {"data", "interpret", "export"},
     {"planning", "evaluation", "tracking"},
@@ -32,6 +32,7 @@ FLOORS = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # pipeline/__init__.py registers the models, and hands on the public names when they are asked for.
+# Its version is everybody's.
 FACE = {"models", "interpret"}
 # What a file or function that is longer must say at its top, or right above.
 REASON = "# Long: "
@@ -59,6 +60,8 @@ def test_imports_point_one_way(path):
         if top in OWNERS:
             assert inside.startswith(OWNERS[top]), f"{inside} imports {name}"
         if top != "pipeline" or not rest:
+            continue
+        if rest == ["__version__"]:
             continue
         if room(path) == "__init__":
             assert rest[0] in FACE, f"{inside} imports {name}"

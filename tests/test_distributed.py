@@ -12,17 +12,16 @@ from torch import nn
 from pipeline.distributed import (
     average_buffers,
     device_index,
-    first_node,
     gather_across_ranks,
     incarnation,
-    job_tags,
     process_group,
     ranks,
     rendezvous,
     sum_across_ranks,
     together,
 )
-from pipeline.errors import UserError, report
+from pipeline.errors import UserError
+from pipeline.slurm import first_node, job_tags, report_event
 
 
 @pytest.mark.parametrize(
@@ -150,11 +149,11 @@ def test_a_timeout_that_is_none(monkeypatch, text):
 def test_reports_go_to_the_job_script(monkeypatch, tmp_path):
     monkeypatch.delenv("CODA_REPORTS", raising=False)
     # nobody asked
-    report("saved", 3)
+    report_event("saved", 3)
     monkeypatch.setenv("CODA_REPORTS", str(tmp_path))
     monkeypatch.setenv("SLURM_PROCID", "1")
-    report("saved", 4)
-    report("stopped")
+    report_event("saved", 4)
+    report_event("stopped")
     assert (tmp_path / "events-1").read_text() == "saved 4\nstopped 0\n"
 
 

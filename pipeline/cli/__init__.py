@@ -12,9 +12,10 @@ from typing import Literal
 import pipeline
 from pipeline.caches import use_local_caches
 from pipeline.cli.parser import make_parser
-from pipeline.errors import UserError, report, tracebacks_wanted
+from pipeline.errors import UserError, tracebacks_wanted
 from pipeline.files import AWAY, FAILING, FULL, PATH
 from pipeline.log import log_to_stderr
+from pipeline.slurm import Event, report_event
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -71,8 +72,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _failed(event: str, text: str) -> int:
-    report(event)
+def _failed(event: Event, text: str) -> int:
+    report_event(event)
     if tracebacks_wanted():
         traceback.print_exc()
     print(f"coda: {text}", file=sys.stderr)

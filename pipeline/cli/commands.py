@@ -60,9 +60,11 @@ def train(options: argparse.Namespace) -> None:
 
 def plan(options: argparse.Namespace) -> None:
     """Plan a recipe."""
+    from pipeline.planning.cluster import Cluster
     from pipeline.planning.cpu_profile import cpu_profile
     from pipeline.planning.gpus import GPUS
-    from pipeline.planning.plan import Cluster, Plan, cpu_report
+    from pipeline.planning.plan import Plan
+    from pipeline.planning.report import cpu_report
 
     recipe = _recipe(options)
     for name in ("nodes", "gpus_per_node", "images"):
@@ -97,7 +99,7 @@ def evaluate(options: argparse.Namespace) -> None:
     """Evaluate the export of a run."""
     from pipeline.data.prepared import open_prepared
     from pipeline.distributed import process_group
-    from pipeline.evaluation.metrics import METRICS
+    from pipeline.evaluation.metrics import METRICS, tracked_names
     from pipeline.recipe.load import load_stored
     from pipeline.reports.run import applicable_methods, track, write_report
     from pipeline.tracking import tracker_of
@@ -113,7 +115,7 @@ def evaluate(options: argparse.Namespace) -> None:
     recipe = load_stored(folder.path, [*options.overrides, *lists])
     with process_group() as world:
         evaluation = write_report(folder, recipe, open_prepared(recipe.data), world)
-        with tracker_of(recipe, folder.path, world) as tracker:
+        with tracker_of(recipe, folder, world, names=tracked_names()) as tracker:
             track(tracker, recipe, folder, evaluation)
         if world.is_main:
             _show_run(folder)

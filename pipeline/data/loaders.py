@@ -17,7 +17,8 @@ from pipeline.data.prepared import PreparedData
 from pipeline.data.stored_images import StoredImages
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.recipe.schema import Recipe, training_size
+from pipeline.recipe.schedules import training_size
+from pipeline.recipe.schema import Recipe
 
 
 def train_loader(

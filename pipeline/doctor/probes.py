@@ -166,13 +166,13 @@ def kernels() -> str:
     """
     import torch
 
-    from pipeline.models.dau import functional, fused
+    from pipeline.models.dau import fused, kernels
 
     if not torch.cuda.is_available():
         return "not needed: no GPU"
     name, device = torch.cuda.get_device_name(0), torch.device("cuda", 0)
     for dtype in fused.DTYPES:
-        if reason := fused.self_check(device, dtype, functional.reference):
+        if reason := fused.self_check(device, dtype, kernels.reference):
             raise RuntimeError(
                 f"the fused kernels are not used on {name}, but plain PyTorch: {reason}"
             )

@@ -4,11 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
-from pipeline.planning.cluster import Cluster as Cluster
-from pipeline.planning.cluster import Step
+from pipeline.planning.cluster import Cluster, Step
 from pipeline.planning.dry_run import Operation, Work, trace
 from pipeline.planning.gpus import ATTAINABLE_BANDWIDTH, gpu_seconds
-from pipeline.planning.report import cpu_report as cpu_report
 from pipeline.planning.report import gpu_report
 from pipeline.planning.update import update_products
 from pipeline.planning.workload import Workload

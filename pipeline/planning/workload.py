@@ -5,24 +5,13 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from pipeline.data.sources import find_source
 from pipeline.errors import UserError
 from pipeline.models.create import build_model
 from pipeline.planning.cost import cost
 from pipeline.recipe.schedules import training_size
 from pipeline.recipe.schema import Recipe
 
-# Training images and classes of the sources whose size is known without looking.
-DATA_SETS = {
-    "digits": (1437, 10),
-    "cifar10": (50_000, 10),
-    "cifar100": (50_000, 100),
-    "tinyimagenet": (100_000, 200),
-    "imagenet": (1_281_167, 1000),
-    # At most: 1,300 images of a class.
-    "imagenet100": (130_000, 100),
-}
-# Sources whose images all have one size.
-FIXED_SIZE = ("digits", "cifar10", "cifar100", "tinyimagenet")
 # Classes of a source whose number of classes is not known.
 DEFAULT_CLASSES = 1000
 # Bytes per pixel of a JPEG: the mean of 400 photographs of ImageNet.
@@ -45,17 +34,15 @@ class Workload:
     """
 
     def __init__(self, recipe: Recipe, images: int | None = None):
-        known = DATA_SETS.get(recipe.data.source)
-        if images is None:
-            if known is None:
-                raise UserError(
-                    f"data.source {recipe.data.source} may hold any number of images: "
-                    "say how many with --images"
-                )
-            images = known[0]
+        self.source = find_source(recipe.data.source)
+        if images is None and self.source.images is None:
+            raise UserError(
+                f"data.source {recipe.data.source} may hold any number of images: "
+                "say how many with --images"
+            )
         self.recipe = recipe
-        self.images = images
-        self.classes = known[1] if known else DEFAULT_CLASSES
+        self.images = images or self.source.images or 0
+        self.classes = self.source.classes or DEFAULT_CLASSES
         epochs = recipe.training.epochs
         self.sizes = [training_size(recipe.data, epoch, epochs) for epoch in range(epochs)]
 
@@ -86,7 +73,7 @@ class Workload:
     def stored_pixels(self) -> float:
         """Pixels of a stored training image, in the mean."""
         data = self.recipe.data
-        if data.source in FIXED_SIZE:
+        if self.source.fixed_size:
             return float(data.image_size**2)
         longer = data.max_resolution
         shorter = longer / ASPECT if longer else data.image_size * 256 / 224

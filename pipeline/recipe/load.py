@@ -9,7 +9,8 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.recipe import parse
 from pipeline.recipe.checks import check
-from pipeline.recipe.schema import STORED, Recipe
+from pipeline.recipe.schema import Recipe
+from pipeline.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +71,13 @@ def load_stored(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: the folder holds no recipe, or it cannot be read.
     """
-    if not (folder / STORED).is_file():
+    stored = RunFolder(folder).recipe
+    if not stored.is_file():
         raise UserError(
-            f"{folder}: holds no {STORED}, so it is neither a run nor an export; "
+            f"{folder}: holds no {stored.name}, so it is neither a run nor an export; "
             "`coda train RECIPE` makes a run"
         )
-    return load(folder / STORED, overrides)
+    return load(stored, overrides)
 
 
 def _with_fitting_warmup(recipe: Recipe, stated: object, path: str | Path) -> Recipe:

@@ -26,18 +26,15 @@ from pipeline.recipe.ranges import (
     Unquoted,
 )
 from pipeline.recipe.schedules import SCHEDULES
-from pipeline.recipe.schedules import training_size as training_size
 from pipeline.run_folder import RunFolder
 
 # Pixels: a stored image must fit a page of FFCV's, which is smaller than 4 GiB.
 MAX_RESOLUTION = 16_384
-# Name of the resolved recipe in a run folder and in an export.
-STORED = "recipe.yaml"
 
 Count = Annotated[int, AtLeast(1)]
 Probability = Annotated[float, Share()]
 
-Metric = Literal[
+MetricName = Literal[
     "accuracy",
     "completeness",
     "alignment",
@@ -55,7 +52,7 @@ _PostHoc = Literal[
     "occlusion_5",
     "occlusion_9",
 ]
-Method = Literal["contributions", _PostHoc, "lime", "gradcam"]
+MethodName = Literal["contributions", _PostHoc, "lime", "gradcam"]
 
 
 @dataclass(frozen=True)
@@ -237,11 +234,11 @@ class EvaluationRecipe:
 
     every_epochs: Count = 1
     """Epochs between two evaluations during training."""
-    metrics: tuple[Metric, ...] = ("accuracy",)
+    metrics: tuple[MetricName, ...] = ("accuracy",)
     """Metrics of these evaluations."""
-    final_metrics: tuple[Metric, ...] = ("accuracy", "completeness", "alignment", "depth")
+    final_metrics: tuple[MetricName, ...] = ("accuracy", "completeness", "alignment", "depth")
     """Metrics of the evaluation after the last epoch; depth includes localisation."""
-    methods: Annotated[tuple[Method, ...], NotEmpty()] = ("contributions",)
+    methods: Annotated[tuple[MethodName, ...], NotEmpty()] = ("contributions",)
     """Explanation methods that the final localisation, pixel removal and depth judge."""
     batch_size: Count = 128
     """Images that the model sees at a time in an evaluation."""

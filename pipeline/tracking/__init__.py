@@ -9,8 +9,8 @@ doubled.
 """
 
 from pipeline.tracking.factory import open_tracker, tracker_of
-from pipeline.tracking.names import METRICS
+from pipeline.tracking.names import TRAINING_NAMES
 from pipeline.tracking.sender import sync
 from pipeline.tracking.tracker import NullTracker, Tracker
 
-__all__ = ["METRICS", "NullTracker", "Tracker", "open_tracker", "sync", "tracker_of"]
+__all__ = ["TRAINING_NAMES", "NullTracker", "Tracker", "open_tracker", "sync", "tracker_of"]

@@ -16,8 +16,6 @@ from typing import Any
 from pipeline.errors import UserError
 
 # Name of the run's own journal in the run's folder, and pattern of those of its nodes.
-JOURNAL = "journal.jsonl"
-NODE_JOURNALS = "system-*.jsonl"
 # Tag by which a run is found that was created just before this process died.
 RUN_KEY_TAG = "coda.run_key"
 KINDS = ("metric", "param", "tag", "artifact", "image", "dataset", "model", "status")

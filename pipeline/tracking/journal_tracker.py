@@ -10,8 +10,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from pipeline.errors import tracebacks_wanted
-from pipeline.recipe.schema import STORED, Recipe, flatten
-from pipeline.tracking.journal import JOURNAL, RUN_KEY_TAG, RunJournal
+from pipeline.recipe.schema import Recipe, flatten
+from pipeline.run_folder import RunFolder
+from pipeline.tracking.journal import RUN_KEY_TAG, RunJournal
 from pipeline.tracking.sender import Sender
 from pipeline.tracking.store import store_errors
 from pipeline.tracking.system import SystemMonitor
@@ -42,14 +43,14 @@ class JournalTracker(Tracker):
     def __init__(
         self,
         recipe: Recipe,
-        folder: Path,
+        folder: RunFolder,
         monitor: SystemMonitor | None,
         names: Collection[str],
     ) -> None:
-        self._folder = Path(folder).resolve()
+        self._folder = RunFolder(folder.path.resolve())
         self._monitor = monitor
         self._names = names
-        self._journal = RunJournal(self._folder / JOURNAL)
+        self._journal = RunJournal(self._folder.journal)
         self._sender = Sender(recipe, self._folder)
         self._closed = False
         self._begin(recipe)
@@ -75,7 +76,7 @@ class JournalTracker(Tracker):
             if key in known["tag"] or known["param"][key] != value
         }
         self.tags(changed)
-        self.artifact(self._folder / STORED)
+        self.artifact(self._folder.recipe)
         self._journal.append("status", {"status": "RUNNING"})
 
     @property
@@ -131,8 +132,8 @@ class JournalTracker(Tracker):
 
     def _stored_path(self, path: Path) -> str:
         """``path``, relative to the run's folder where it lies inside, since that may be moved."""
-        path = Path(path).resolve()
-        return str(path.relative_to(self._folder) if path.is_relative_to(self._folder) else path)
+        path, folder = Path(path).resolve(), self._folder.path
+        return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
     def sync_to_disk(self) -> None:
         """Return once the journal is on the disk."""

@@ -5,7 +5,6 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +14,10 @@ from pipeline.errors import UserError
 from pipeline.files import write_atomically
 from pipeline.recipe.load import load_stored
 from pipeline.recipe.schema import Recipe
+from pipeline.run_folder import RunFolder
 from pipeline.tracking.deliver import deliver
 from pipeline.tracking.journal import (
-    JOURNAL,
     KINDS,
-    NODE_JOURNALS,
     RUN_KEY_TAG,
     Record,
     RunJournal,
@@ -58,16 +56,17 @@ class Sender:
     MLflow's names of the run.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
         self._recipe = recipe
         self._folder = folder
+        self._uri = folder.tracking_uri(recipe.tracking.uri)
         self._client: MlflowClient | None = None
-        self.run_id = _read_if_there(folder / "run_id")
+        self.run_id = _read_if_there(folder.run_id)
 
     @property
     def offset(self) -> int:
         """Bytes of the run's own journal that MLflow has."""
-        return _offset(self._folder / JOURNAL)
+        return _offset(self._folder.journal)
 
     def send(self) -> Iterator[int]:
         """Send all complete lines beyond the offsets.
@@ -75,7 +74,7 @@ class Sender:
         Yields:
             The number of lines of each batch that MLflow took.
         """
-        for path in (self._folder / JOURNAL, *sorted(self._folder.glob(NODE_JOURNALS))):
+        for path in (self._folder.journal, *self._folder.node_journals):
             with open(path, "rb") as journal:
                 if _offset(path) >= os.fstat(journal.fileno()).st_size:
                     continue
@@ -86,7 +85,9 @@ class Sender:
                 offset = _offset(path)
                 journal.seek(offset)
                 for kind, records, size in _batches(journal):
-                    deliver(client, str(self.run_id), self._folder, self._recipe, kind, records)
+                    deliver(
+                        client, str(self.run_id), self._folder.path, self._recipe, kind, records
+                    )
                     if kind == "status":
                         self._keep_family(client, ended=records[0]["value"] != "RUNNING")
                     offset += size
@@ -95,7 +96,7 @@ class Sender:
 
     def _connected(self) -> "MlflowClient":
         if self._client is None:
-            client = mlflow_client(self._recipe.tracking_uri)
+            client = mlflow_client(self._uri)
             self._find_run(client)
             self._client = client
         return self._client
@@ -107,22 +108,24 @@ class Sender:
         if self.run_id:
             try:
                 run = client.get_run(self.run_id)
-                write_atomically(self._folder / "experiment_id", run.info.experiment_id.encode())
+                write_atomically(self._folder.experiment_id, run.info.experiment_id.encode())
                 return
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
         # A store that does not know the run gets the whole journal.
-        for path in self._folder.glob("*.offset"):
+        for path in self._folder.path.glob("*.offset"):
             path.unlink()
-        run = self._own_run(client, experiment_id(client, self._recipe))
+        run = self._own_run(
+            client, experiment_id(client, self._recipe.tracking.experiment, self._uri)
+        )
         self.run_id = run.info.run_id
-        write_atomically(self._folder / "experiment_id", run.info.experiment_id.encode())
-        write_atomically(self._folder / "run_id", run.info.run_id.encode())
+        write_atomically(self._folder.experiment_id, run.info.experiment_id.encode())
+        write_atomically(self._folder.run_id, run.info.run_id.encode())
 
     def _own_run(self, client: "MlflowClient", experiment: str) -> "Run":
         """The run with the key in the journal's first line, created if it is not there."""
-        with open(self._folder / JOURNAL, "rb") as journal:
+        with open(self._folder.journal, "rb") as journal:
             first = json.loads(journal.readline())
         tags = {RUN_KEY_TAG: first["value"]}
 
@@ -136,7 +139,7 @@ class Sender:
 
         Called after each change of the run's status. The parent runs while a child does.
         """
-        experiment = str(_read_if_there(self._folder / "experiment_id"))
+        experiment = str(_read_if_there(self._folder.experiment_id))
         self._own_run(client, experiment)
         sweep = self._recipe.tracking.parent
         if not sweep:
@@ -175,26 +178,27 @@ def sync(folder: Path, overrides: Iterable[str] = ()) -> int:
     Raises:
         UserError: no journal or no valid recipe.yaml in ``folder``, or MLflow cannot be reached.
     """
-    folder = Path(folder).resolve()
-    if (folder / JOURNAL).is_file():
-        runs = [folder]
-    else:
-        runs = sorted(path.parent for path in folder.glob(f"*/{JOURNAL}"))
+    given = RunFolder(Path(folder).resolve())
+    runs = [given] if given.journal.is_file() else _runs_in(given.path)
     if not runs:
         raise UserError(
-            f"{folder}: has no journal.jsonl; "
+            f"{given}: has no {given.journal.name}; "
             "`coda sync` takes the folder of a run, or a folder of runs"
         )
     changes = list(overrides)
     return sum(_sync_run(run, changes) for run in runs)
 
 
-def _sync_run(folder: Path, overrides: list[str]) -> int:
-    # The folder may have been moved.
-    recipe = replace(load_stored(folder, overrides), runs=str(folder.parent))
-    check_uri(recipe)
-    if not is_open(folder / JOURNAL):
-        _note_death(folder / JOURNAL)
+def _runs_in(folder: Path) -> list[RunFolder]:
+    runs = [RunFolder(path) for path in sorted(folder.glob("*"))]
+    return [run for run in runs if run.journal.is_file()]
+
+
+def _sync_run(folder: RunFolder, overrides: list[str]) -> int:
+    recipe = load_stored(folder.path, overrides)
+    check_uri(folder.tracking_uri(recipe.tracking.uri))
+    if not is_open(folder.journal):
+        _note_death(folder.journal)
     sent = 0
     batches = Sender(recipe, folder).send()
     try:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
-from pipeline.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -19,13 +18,12 @@ TRACKING_URI = re.compile(
 )
 
 
-def check_uri(recipe: Recipe) -> None:
-    """Check the recipe's tracking URI.
+def check_uri(uri: str) -> None:
+    """Check a tracking URI.
 
     Raises:
         UserError: MLflow does not take it, or it would store a password with the run.
     """
-    uri = recipe.tracking_uri
     if not TRACKING_URI.fullmatch(uri):
         raise UserError(
             f"tracking.uri is {uri!r}; it must be sqlite:///FILE, http(s)://HOST:PORT, "
@@ -74,12 +72,11 @@ def store_errors() -> tuple[type[Exception], ...]:
     return MlflowException, RequestException, SQLAlchemyError
 
 
-def experiment_id(client: "MlflowClient", recipe: Recipe) -> str:
-    """Id of the recipe's experiment, which is created if it is not there."""
+def experiment_id(client: "MlflowClient", name: str, uri: str) -> str:
+    """Id of the experiment ``name`` in the store at ``uri``; created if it is not there."""
     from mlflow.exceptions import MlflowException
 
-    name = recipe.tracking.experiment
-    database = sqlite_file(recipe.tracking_uri)
+    database = sqlite_file(uri)
     # Without a location, artifacts of an SQLite store would land in the current directory.
     location = (database.parent / "mlartifacts" / name).as_uri() if database else None
     if not client.get_experiment_by_name(name):

@@ -9,9 +9,9 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
+from pipeline.run_folder import RunFolder
 from pipeline.slurm import node_name
 from pipeline.tracking.journal import RunJournal
 
@@ -42,12 +42,12 @@ class SystemMonitor:
         folder: of the run.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: RunFolder) -> None:
         node = os.environ.get("MLFLOW_SYSTEM_METRICS_NODE_ID") or node_name(os.environ)
         interval = os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL")
         self._prefix = f"system/{node}"
         self._seconds = float(interval or _SAMPLE_SECONDS)
-        self._journal = RunJournal(Path(folder) / f"system-{node}.jsonl")
+        self._journal = RunJournal(folder.node_journal(node))
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="system-monitor", daemon=True)
         self._thread.start()

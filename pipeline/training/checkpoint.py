@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from pipeline import __version__
 from pipeline.distributed import World, average_buffers, gather_across_ranks, together
-from pipeline.errors import UserError, report
+from pipeline.errors import UserError
 from pipeline.files import sha256_of, sync, write_atomically
+from pipeline.slurm import report_event
 from pipeline.training.learner import Learner
 from pipeline.training.lease import Lease
 
@@ -95,7 +97,7 @@ class Checkpoints:
             size = sum(file.stat().st_size for file in final.iterdir())
             seconds = time.monotonic() - began
             log.info("saved %s: %.1f MB in %.2f s", final, size / 1e6, seconds)
-            report("saved", updates)
+            report_event("saved", updates)
 
     def mark_best(self, updates: int, value: float) -> None:
         """Keep the checkpoint after ``updates``, just written, if no other has a higher ``value``.
@@ -160,7 +162,7 @@ class Checkpoints:
         if _sharded(engine):
             engine.optimizer.refresh_fp32_params()
         if self.world.is_main:
-            report("resumed", state["updates"])
+            report_event("resumed", state["updates"])
         return state["updates"]
 
     def _shards(self, engine: "DeepSpeedEngine") -> int:
@@ -186,6 +188,7 @@ class Checkpoints:
                 "classes": self.classes,
                 "updates": updates,
                 "shards": self._shards(engine),
+                "coda_pipeline": __version__,
             }
             _store(state, temporary / "model.pt")
         optimizer = (

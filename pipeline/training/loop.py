@@ -15,11 +15,11 @@ from pipeline.data.epoch_loader import Batch
 from pipeline.distributed import sum_across_ranks, together
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import evaluate
+from pipeline.recipe.schedules import learning_rate
 from pipeline.recipe.schema import Recipe
 from pipeline.reports.run import draw_contributions
 from pipeline.tracking import Tracker
 from pipeline.training.failures import Watchdog
-from pipeline.training.optim import learning_rate
 from pipeline.training.setup import Setup
 from pipeline.training.stop import Stop
 

@@ -7,7 +7,6 @@ from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 from torch import nn
 
 from pipeline.recipe.optimisers import OPTIMISERS
-from pipeline.recipe.schedules import learning_rate as learning_rate
 from pipeline.recipe.schema import TrainingRecipe
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.interpret.network import dynamic_modules, explaining
 
 # whose weights are penalised in every image: its own and four random ones
 CLASSES = 5
@@ -31,11 +32,7 @@ class DynamicWeightPenalty:
     """
 
     def __init__(self, model: nn.Module, strength: float, seed: int):
-        self.dynamic: list[Any] = [
-            module
-            for module in model.modules()
-            if isinstance(getattr(module, "explaining", None), bool)
-        ]
+        self.dynamic = dynamic_modules(model)
         if not self.dynamic:
             raise UserError(
                 "training.weight_penalty needs a model with DAU layers (coda_...); this one has no dynamic weights"
@@ -84,15 +81,9 @@ class DynamicWeightPenalty:
         assert self.junction is not None and self.logits is not None
         classes = self.classes(labels, self.logits.shape[1], update)
         chosen = float(self.model.temperature) * self.logits.gather(1, classes)  # type: ignore[arg-type]
-        explaining = [module.explaining for module in self.dynamic]
         sizes = []
-        try:
-            for module in self.dynamic:
-                module.explaining = True
+        with explaining(self.dynamic):
             for outputs in chosen.unbind(1):
                 (weights,) = torch.autograd.grad(outputs.sum(), self.junction, create_graph=True)
                 sizes.append(weights.abs().mean())
-        finally:
-            for module, before in zip(self.dynamic, explaining, strict=True):
-                module.explaining = before
         return self.strength * torch.stack(sizes).mean()

@@ -7,14 +7,16 @@ import yaml
 from pipeline.data import manifest
 from pipeline.data.prepare import prepare
 from pipeline.data.prepared import PreparedData, open_prepared
-from pipeline.distributed import World, barrier, gather_across_ranks, job_tags, together
-from pipeline.errors import UserError, report
+from pipeline.distributed import World, barrier, gather_across_ranks, together
+from pipeline.errors import UserError
+from pipeline.evaluation.metrics import tracked_names
 from pipeline.export import export
 from pipeline.files import write_atomically
 from pipeline.recipe.load import load_stored
 from pipeline.recipe.schema import Recipe
 from pipeline.reports.run import track, write_report
 from pipeline.run_folder import RunFolder
+from pipeline.slurm import job_tags, report_event
 from pipeline.tracking import Tracker, open_tracker
 from pipeline.training.engine import load_deepspeed
 from pipeline.training.failures import Watchdog, first_error
@@ -52,13 +54,14 @@ def train(recipe: Recipe, world: World) -> None:
                 updates = setup.take_over()
                 stored = yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode()
                 together(lambda: write_atomically(folder.recipe, stored), main_only=True)
-                with open_tracker(recipe, folder.path, world, tags=_tags(prepared)) as tracker:
+                tags, names = _tags(prepared), tracked_names()
+                with open_tracker(recipe, folder, world, tags=tags, names=names) as tracker:
                     _log_data(recipe, prepared, tracker)
                     Trainer(setup, updates, tracker, stop, watchdog).train()
                     with stop.at_once():
                         _finish(setup, tracker)
         if world.is_main:
-            report("finished")
+            report_event("finished")
 
 
 def _prepared(recipe: Recipe) -> PreparedData:

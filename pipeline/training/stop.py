@@ -14,7 +14,7 @@ from types import FrameType
 import torch
 
 from pipeline.distributed import World, sum_across_ranks
-from pipeline.errors import report
+from pipeline.slurm import report_event
 
 # exit code: all is saved, start me again
 REQUEUE = 85
@@ -76,5 +76,5 @@ class Stop:
 
     def leave(self) -> None:
         """Exit with REQUEUE."""
-        report("stopped")
+        report_event("stopped")
         raise SystemExit(REQUEUE)

@@ -16,7 +16,7 @@ from pipeline.data.augment import color_jitter, mix, rand_augment, random_erasin
 from pipeline.data.epoch_loader import Batch
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.recipe.schema import training_size
+from pipeline.recipe.schedules import training_size
 
 EVERYTHING = {
     "flip": True,

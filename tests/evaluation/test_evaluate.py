@@ -18,7 +18,7 @@ from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.metrics import METRICS, tracked_names
 from pipeline.interpret.methods import METHODS
 from pipeline.models.create import build_model
-from pipeline.recipe.schema import Method, Metric
+from pipeline.recipe.schema import MethodName, MetricName
 
 EVERYTHING = tuple(METRICS)
 CHANGES = dict(
@@ -133,7 +133,7 @@ def test_any_number_of_processes_gives_the_same_result(prepared):
 
 
 def test_names_of_recipe_and_tracking_are_those_of_the_tables(prepared):
-    assert set(get_args(Metric)) == set(METRICS) and set(get_args(Method)) == set(METHODS)
+    assert set(get_args(MetricName)) == set(METRICS) and set(get_args(MethodName)) == set(METHODS)
     recipe = small_recipe(
         prepared, **CHANGES, model__args={"rank": 2, "temperature": 1.0, "logit_bias": 1.0}
     )

@@ -7,11 +7,11 @@ import sys
 import time
 
 import pytest
-from tracked import assert_store_equals_journal, journal, make_recipe
+from tracked import assert_store_equals_journal, journal, make_recipe, open_tracker, tracker_of
 
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.tracking import open_tracker, sync, tracker_of
+from pipeline.tracking import sync
 from pipeline.tracking.store import mlflow_client
 
 
@@ -123,9 +123,11 @@ import sys, time
 from pathlib import Path
 from pipeline.distributed import World
 from pipeline.recipe.load import load
+from pipeline.run_folder import RunFolder
 from pipeline.tracking import open_tracker
 
-tracker = open_tracker(load(Path(sys.argv[1]) / "recipe.yaml"), Path(sys.argv[1]), World())
+folder = RunFolder(Path(sys.argv[1]))
+tracker = open_tracker(load(folder.recipe), folder, World(), names=["val/top1"])
 tracker.metrics({"val/top1": 0.5}, 1)
 print(tracker.flush(), flush=True)
 time.sleep(600)

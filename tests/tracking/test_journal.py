@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tracked import assert_store_equals_journal, journal, make_recipe
+from tracked import assert_store_equals_journal, journal, make_recipe, open_tracker, tracker_of
 
 from pipeline.distributed import World
 from pipeline.errors import UserError
+from pipeline.evaluation.metrics import tracked_names
 from pipeline.recipe.schema import TrackingRecipe
-from pipeline.tracking import METRICS, open_tracker, sync, tracker_of
+from pipeline.tracking import TRAINING_NAMES, sync
 from pipeline.tracking.store import mlflow_client
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,10 +122,11 @@ import sys
 from pathlib import Path
 from pipeline.distributed import World
 from pipeline.recipe.load import load
+from pipeline.run_folder import RunFolder
 from pipeline.tracking import open_tracker
 
 folder = Path(sys.argv[1])
-tracker = open_tracker(load(folder / "recipe.yaml"), folder, World())
+tracker = open_tracker(load(folder / "recipe.yaml"), RunFolder(folder), World())
 tracker.flush()
 print("sent", flush=True)
 for step in range(10_000_000):
@@ -210,6 +212,8 @@ def test_parameter_that_changed_since_the_first_start_becomes_a_tag(store, tmp_p
 
 
 def test_every_metric_says_what_it_means_and_what_its_steps_count():
-    assert all(meaning and steps for meaning, steps in METRICS.values())
+    assert all(
+        meaning and steps for meaning, steps in {**TRAINING_NAMES, **tracked_names()}.values()
+    )
     # The default store, see the first test.
     assert TrackingRecipe().uri is None

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tracked import assert_store_equals_journal, free_port, journal, make_recipe
+from tracked import assert_store_equals_journal, free_port, journal, make_recipe, open_tracker
 
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.tracking import open_tracker, sync
+from pipeline.tracking import sync
 from pipeline.tracking.store import mlflow_client
 
 

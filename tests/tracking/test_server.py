@@ -13,11 +13,10 @@ from base64 import b64encode
 import pytest
 from conftest import NAME, PASSWORD
 from faulty_proxy import FAULTS, FaultyProxy
-from tracked import assert_store_equals_journal, free_port, journal, make_recipe
+from tracked import assert_store_equals_journal, free_port, journal, make_recipe, open_tracker
 
 from pipeline.cli import main
 from pipeline.distributed import World
-from pipeline.tracking import open_tracker
 from pipeline.tracking.store import mlflow_client
 
 

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import yaml
 
+from pipeline import tracking
+from pipeline.evaluation.metrics import tracked_names
 from pipeline.recipe.load import from_dict
 from pipeline.recipe.schema import Recipe
+from pipeline.run_folder import RunFolder
 from pipeline.tracking.journal import RUN_KEY_TAG
 from pipeline.tracking.store import mlflow_client
 
@@ -96,3 +99,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def open_tracker(recipe: Recipe, folder: Path, world, **options):
+    """The tracker of the run in ``folder``, which may log all names."""
+    options = {"names": tracked_names(), **options}
+    return tracking.open_tracker(recipe, RunFolder(folder), world, **options)
+
+
+def tracker_of(recipe: Recipe, folder: Path, world, **options):
+    """The tracker of the finished run in ``folder``, which may log all names."""
+    options = {"names": tracked_names(), **options}
+    return tracking.tracker_of(recipe, RunFolder(folder), world, **options)

@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import get_args
 
 from pipeline.evaluation.metric import Metric, value_name
-from pipeline.recipe.schema import Metric as MetricName
+from pipeline.recipe.schema import MetricName
 
 METRICS: Mapping[str, Metric] = {
     name: import_module(f"{__name__}.{name}").METRIC for name in get_args(MetricName)

@@ -15,9 +15,6 @@ from torch.nn.functional import pad
 
 from pipeline.models.dau.kernels import kernels_for
 
-# The doctor looks for the reference of the self-check here.
-from pipeline.models.dau.kernels import reference as reference
-
 
 class Geometry(NamedTuple):
     """How patches lie in an image."""
