@@ -38,25 +38,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str] | None) -> int:
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
-    if [
-        word
-        for word in rest
-        if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")
-    ]:
+    takes_overrides = hasattr(options, "overrides")
+    if any(word.startswith("-") or "=" not in word or not takes_overrides for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    # argparse takes no positional arguments behind an option
+    # argparse takes no positional arguments behind an option.
     if rest:
         options.overrides += rest
     try:
         if options.models:
-            # before the libraries that ask for them are imported
+            # Before the libraries that ask for them are imported.
             use_local_caches()
             _register_models()
         return options.run(options) or 0
     except UserError as error:
         return _failed("mistake", str(error))
     except ImportError as error:
-        # trying again would not heal it
+        # Another attempt would not mend it.
         return _failed("mistake", _import_failure(error, options))
     except OSError as error:
         if (kind := _kind(error)) is None:
@@ -81,9 +78,7 @@ def _failed(event: Event, text: str) -> int:
 
 
 def _kind(error: OSError) -> Literal["disk", "mistake"] | None:
-    """What ``error`` is about, if that is understood. Libraries for the network raise OSErrors,
-    too.
-    """
+    """What ``error`` is about, if that is understood: libraries for networks raise it, too."""
     if error.errno in FULL | FAILING or (error.errno in AWAY and error.filename):
         return "disk"
     of_path = error.errno in PATH and error.filename
@@ -104,10 +99,12 @@ def _register_models() -> None:
 
 
 def _import_failure(error: ImportError, options: argparse.Namespace) -> str:
-    """What is missing or broken, in one line, with the remedy."""
+    """Say in one line what is missing or broken, with the remedy."""
+    command = f"`coda {options.command}`"
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = f"coda-pipeline[{options.extra}]" if options.extra else "coda-pipeline"
-        return f"`coda {options.command}` needs {error.name}, which is not installed: pip install '{package}', or make setup in a checkout"
+        remedy = f"pip install '{package}', or make setup in a checkout"
+        return f"{command} needs {error.name}, which is not installed: {remedy}"
     reason = " ".join(str(error).split())
     name = f"{error.name}: " if error.name and error.name not in reason else ""
-    return f"`coda {options.command}` cannot import {name}{reason}; `coda doctor` says what this machine lacks"
+    return f"{command} cannot import {name}{reason}; `coda doctor` says what this machine lacks"

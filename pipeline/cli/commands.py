@@ -1,6 +1,7 @@
 """What the commands do. Each imports what it needs, so that the others need less.
 
-A function takes the parsed arguments, prints the command's result, and returns an exit code or None.
+A function takes the parsed arguments, prints the command's result, and returns an exit code or
+None.
 """
 
 import argparse

@@ -62,7 +62,7 @@ def layer_title(layer: Layer) -> str:
 
 
 def value_name(name: str, method: str) -> str:
-    """Name of a value of ``method``: ``interp/x`` of own contributions is ``interp/lime/x`` of lime.
+    """Name of a value of ``method``: ``interp/x`` is that of the network's own contributions.
 
     >>> value_name("interp/depth", "contributions"), value_name("interp/depth", "lime")
     ('interp/depth', 'interp/lime/depth')

@@ -1,1 +1,1 @@
-"""A training run: the loop, its engine and optimiser, checkpoints, and what happens when it is stopped."""
+"""A training run: set-up, loop, engine, checkpoints, and what happens when it is stopped."""

@@ -35,9 +35,10 @@ log = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-# newest checkpoints that stay on disk, beside the best
-KEEP = 2
-BEST = "best.json"
+# Newest checkpoints that stay on disk, beside the best.
+KEPT_CHECKPOINTS = 2
+# Number of updates of the best checkpoint, and its value.
+BEST_NAME = "best.json"
 
 
 class Checkpoints:
@@ -106,7 +107,7 @@ class Checkpoints:
         """
 
         def mark() -> None:
-            path = self.folder / BEST
+            path = self.folder / BEST_NAME
             if not path.exists() or value > json.loads(path.read_text())["value"]:
                 write_atomically(path, json.dumps({"updates": updates, "value": value}).encode())
 
@@ -206,19 +207,22 @@ class Checkpoints:
         sync(temporary)
         final = self.folder / f"update-{updates}"
         self.lease.check()
-        # a broken one, or the same state saved before a restart
+        # A broken one, or the same state saved before a restart.
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
         sync(self.folder)
-        best = self.folder / BEST
+        best = self.folder / BEST_NAME
         spared = json.loads(best.read_text())["updates"] if best.exists() else None
-        for old in _published(self.folder)[KEEP:]:
+        for old in _published(self.folder)[KEPT_CHECKPOINTS:]:
             if old.name != f"update-{spared}":
                 shutil.rmtree(old, ignore_errors=True)
 
 
 def newest_model(folder: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Weights, averaged if they were, and class names of the newest valid checkpoint in ``folder``.
+    """Read the weights of the newest valid checkpoint in ``folder``, averaged if they were.
+
+    Returns:
+        weights by name, and the names of the classes.
 
     Raises:
         UserError: there is none.
@@ -226,7 +230,8 @@ def newest_model(folder: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     path = _newest_valid(folder)
     if path is None:
         raise UserError(
-            f"{folder}: holds no valid checkpoint; `coda train` writes one at the end of every epoch"
+            f"{folder}: holds no valid checkpoint; "
+            "`coda train` writes one at the end of every epoch"
         )
     state = _load(path / "model.pt")
     return state.get("average", state["model"]), state["classes"]
@@ -259,18 +264,19 @@ def _sharded(engine: "DeepSpeedEngine") -> bool:
 
 
 def _optimizer(engine: "DeepSpeedEngine") -> torch.optim.Optimizer:
-    """torch's own optimiser, inside ZeRO's wrapper if there is one. Its parameters are fp32, so the
-    model holds the weights.
+    """torch's own optimiser, which may be inside ZeRO's wrapper.
+
+    Its parameters are fp32, so the model holds the weights.
     """
     return engine.optimizer.optimizer if _sharded(engine) else engine.optimizer
 
 
 def _random_state(world: World) -> list[torch.Tensor]:
     """States of torch's generators: the processor's, and on a GPU also the device's."""
-    return [
-        torch.get_rng_state(),
-        *([torch.cuda.get_rng_state(world.device)] if world.device.type == "cuda" else []),
-    ]
+    states = [torch.get_rng_state()]
+    if world.device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(world.device))
+    return states
 
 
 def _set_random_state(states: list[torch.Tensor], world: World) -> None:
@@ -280,7 +286,7 @@ def _set_random_state(states: list[torch.Tensor], world: World) -> None:
 
 
 def _store(state: dict[str, Any], path: Path) -> None:
-    # given the file itself, torch reports a full disk as a failed internal check
+    # Given the file itself, torch reports a full disk as a failed internal check.
     content = io.BytesIO()
     torch.save(state, content)
     with path.open("wb") as file:
@@ -299,7 +305,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _valid(path: Path) -> bool:
-    """Whether the checkpoint is whole. Raises OSError: it cannot be read, which says nothing of it."""
+    """Whether the checkpoint is whole. Raises OSError where it cannot be read."""
     try:
         files = json.loads((path / "manifest.json").read_text())
         return all(

@@ -1,6 +1,4 @@
-"""What a failed run leaves for its finder: the first error of any process, and where each process
-stood when nothing moved.
-"""
+"""Traces of a failed run: the first error of any process, and the stacks when nothing moved."""
 
 import faulthandler
 import logging
@@ -22,8 +20,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def first_error(folder: RunFolder, world: World, stop: Stop) -> Iterator[None]:
-    """Keep the first exception of any process in ``folder``/first_error.txt; of an earlier start's,
-    only until the next.
+    """Keep the first exception of any process in first_error.txt, until the next start's.
 
     One failure brings many: the others lose their connection. A process that was asked to stop and
     then loses its connection has peers that were faster to leave: it leaves as they did. Any other
@@ -44,12 +41,12 @@ def first_error(folder: RunFolder, world: World, stop: Stop) -> Iterator[None]:
         if isinstance(error, UserError) and not folder.path.exists():
             raise
         if isinstance(error, OSError) and error.errno in FULL and not error.filename:
-            # a write into an open file says only that the disk is full, not which
+            # A write into an open file says only that the disk is full, not which.
             error.filename = str(folder)
         try:
             _write_first(path, world, error)
         except OSError as unwritten:
-            # such as a full disk, which may be the very error
+            # The disk may be full, which may be the very error.
             error.add_note(f"{path} could not be written: {unwritten}")
         raise
     if world.is_main:
@@ -63,7 +60,7 @@ def _write_first(path: Path, world: World, error: Exception) -> None:
     try:
         mine.write_text(f"{title}\n{''.join(traceback.format_exception(error))}")
         try:
-            # fails where another process was first
+            # Fails where another process was first.
             os.link(mine, path)
         except FileExistsError:
             if f", {world.incarnation}, " not in path.read_text().partition("\n")[0]:
@@ -73,12 +70,11 @@ def _write_first(path: Path, world: World, error: Exception) -> None:
 
 
 class Watchdog:
-    """Writes the stacks of all threads to ``folder``/stacks/<incarnation>-rank-<r>.txt when nothing
-    moves, or SIGUSR2 asks.
+    """Writes the stacks of all threads when nothing moves, or when SIGUSR2 asks for them.
 
-    It works in C, without the interpreter, so it sees a process that hangs in a library. It fires a
-    little before the processes that wait for a hung one give up, while all are still alive. A
-    context manager.
+    They go to stacks/<incarnation>-rank-<r>.txt in the run folder. It works in C, without the
+    interpreter, so it sees a process that hangs in a library. It fires a little before the
+    processes that wait for a hung one give up, while all are still alive. A context manager.
     """
 
     def __init__(self, folder: RunFolder, world: World) -> None:
@@ -93,7 +89,7 @@ class Watchdog:
         return self
 
     def beat(self) -> None:
-        """Something has moved: count anew."""
+        """Note that something has moved: the time starts anew."""
         faulthandler.dump_traceback_later(self._seconds, file=self._file)
 
     def __exit__(self, *_: object) -> None:

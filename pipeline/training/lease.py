@@ -1,4 +1,4 @@
-"""Who may write into a run folder: only the newest start of its training.
+"""The right to write into a run folder, which only the newest start of the run has.
 
 A node that Slurm has given up may still be running, and so may a job that was submitted twice. Both
 come to a checkpoint or a metric at some time, and find that the run is no longer theirs.
@@ -29,7 +29,8 @@ class Lease:
         holder = self._holder()
         if _later_restart(holder, self._owner):
             raise UserError(
-                f"run {self._path.parent}: {holder} is training it, so the older {self._owner} stops"
+                f"run {self._path.parent}: {holder} is training it, "
+                f"so the older {self._owner} stops"
             )
         write_atomically(self._path, self._owner.encode())
 
@@ -37,7 +38,8 @@ class Lease:
         """Raise UserError if another start has taken over."""
         if (holder := self._holder()) != self._owner:
             raise UserError(
-                f"run {self._path.parent}: {holder or 'nobody'} has taken over its training from {self._owner}, which stops"
+                f"run {self._path.parent}: {holder or 'nobody'} has taken over its training from "
+                f"{self._owner}, which stops"
             )
 
     def _holder(self) -> str:

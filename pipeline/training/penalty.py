@@ -1,5 +1,6 @@
-"""The regulariser of the official code, mean |W_{0->L}|, which asks for sparse maps (Böhle, Fritz,
-Schiele, arXiv 2109.13004).
+"""The regulariser mean |W_{0->L}| of the official code, which asks for sparse maps.
+
+Source: Böhle, Fritz, Schiele, arXiv 2109.13004.
 """
 
 from typing import Any
@@ -11,16 +12,16 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.interpret.network import dynamic_modules, explaining
 
-# whose weights are penalised in every image: its own and four random ones
+# Classes whose weights are penalised in every image: its own and four random ones.
 CLASSES = 5
 
 
 class DynamicWeightPenalty:
-    """``strength`` times the mean of |W|, where T (logit - b0) = W a is the linear map from the
-    input of the CoDA part to a class.
+    """Penalty of the size of W in T (logit - b0) = W a, with a the input of the CoDA part.
 
-    The map is that of the image's own class and of ``CLASSES - 1`` others, which depend on nothing
-    but seed and update. It costs two more backward passes through the CoDA part for each class.
+    It is ``strength`` times the mean of |W| over the image's own class and ``CLASSES - 1`` others,
+    which depend on nothing but seed and update. It costs two more backward passes through the CoDA
+    part for each class.
 
     Args:
         model: a network with dynamic layers.
@@ -35,10 +36,11 @@ class DynamicWeightPenalty:
         self.dynamic = dynamic_modules(model)
         if not self.dynamic:
             raise UserError(
-                "training.weight_penalty needs a model with DAU layers (coda_...); this one has no dynamic weights"
+                "training.weight_penalty needs a model with DAU layers (coda_...); "
+                "this one has no dynamic weights"
             )
         self.model, self.strength, self.seed = model, strength, seed
-        # input of the first dynamic layer in the last forward pass
+        # The input of the first dynamic layer in the last forward pass.
         self.junction: Tensor | None = None
         self.logits: Tensor | None = None
         model.register_forward_pre_hook(self._forget)
@@ -53,20 +55,21 @@ class DynamicWeightPenalty:
         if self.junction is None:
             return None
         self.logits = logits
-        # an engine watches what a model returns, and lets no gradient pass but its own
+        # An engine watches what a model returns, and lets no gradient pass but its own.
         return logits.clone()
 
     def _remember(self, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
         if self.junction is not None or not torch.is_grad_enabled():
-            # not the first dynamic layer, or not training
+            # This is not the first dynamic layer, or the model is not being trained.
             return None
         (x,) = inputs
         self.junction = x if x.requires_grad else x.detach().requires_grad_()
         return (self.junction,)
 
     def classes(self, labels: Tensor, num_classes: int, update: int) -> Tensor:
-        """(B, K) int64: the label of each image, then up to CLASSES - 1 others at random offsets
-        from it, the same in all images.
+        """Choose the classes (B, K) int64: the label of each image, then up to CLASSES - 1 others.
+
+        The others lie at random offsets from the label, the same in all images.
         """
         state = np.random.SeedSequence([self.seed, update]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0]))
@@ -75,8 +78,11 @@ class DynamicWeightPenalty:
         return (labels[:, None] + offsets) % num_classes
 
     def __call__(self, labels: Tensor, update: int) -> Tensor:
-        """The penalty, a scalar, of the last forward pass, whose images have ``labels`` (B,);
-        ``update`` is the number of the update.
+        """Compute the penalty, a scalar, of the last forward pass.
+
+        Args:
+            labels: (B,) of its images.
+            update: number of the update.
         """
         assert self.junction is not None and self.logits is not None
         classes = self.classes(labels, self.logits.shape[1], update)

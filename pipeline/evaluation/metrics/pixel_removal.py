@@ -27,7 +27,7 @@ TITLES = {
 
 
 def compute(subject: Subject, method: str) -> Result:
-    """Mean probability of the true class over the first images, while a quarter of the pixels go."""
+    """Mean probability of the true class while a quarter of the pixels go, in both orders."""
     loader = subject.loader
     pixels = subject.recipe.data.evaluated_size**2
     points = min(POINTS, int(REMOVED_SHARE * pixels) + 1)
