@@ -15,7 +15,7 @@ here=$(dirname "$0")
 # 6.9 in the end, and what pip unpacks on the way.
 gigabytes=7.5
 [ -z "${TORCH_INDEX:-}" ] || gigabytes=3
-extras="train,explain,server,test,docs"
+extras="train,explain,server,test"
 cpu_index=https://download.pytorch.org/whl/cpu
 
 say() { printf '\n== %s\n' "$*"; }
@@ -113,13 +113,14 @@ pip_install() {
         ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$@"
 }
 
-# The requirements of pyproject.toml without FFCV, which is built meanwhile.
+# The requirements of the extras without FFCV, which is built meanwhile.
 all_but_ffcv() {
-    "$venv/bin/python" -c 'import tomllib
+    "$venv/bin/python" -c 'import sys, tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-names = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+extras = [project["optional-dependencies"][name] for name in sys.argv[1].split(",")]
 own = ("ffcv", project["name"])
-print(*(name.replace(" ", "") for name in names if not name.startswith(own)))'
+names = sum(extras, project["dependencies"])
+print(*(name.replace(" ", "") for name in names if not name.startswith(own)))' "$extras"
 }
 
 install_from_network() {

@@ -15,17 +15,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipeline.errors import UserError
 from pipeline.models.dau import DAUConv2d
 
-# The ResNet for images of about the same size that each pure network is compared with.
-PURE_PEERS = {
-    "coda_xs": "resnet20",
-    "coda_s": "resnet20",
-    "coda_m": "resnet20",
-    "coda_l": "resnet18",
-    "coda_xl": "resnet18",
-}
+SMALL_IMAGES = 32
+"""Side in pixels up to which a pure network is compared with a ResNet for small images."""
 
 
 @dataclass(frozen=True)
@@ -109,18 +102,14 @@ def seconds(model: nn.Module, input_size: Sequence[int], repeats: int = 3) -> fl
 def peer(name: str) -> str:
     """Return the name of the plain ResNet that the network ``name`` is compared with.
 
-    That of a hybrid is the one it comes from, that of a pure network stands in ``PURE_PEERS``.
-
-    Raises:
-        UserError: there is no such ResNet.
+    That of a hybrid is the one it comes from, that of a pure network one for images of its size.
     """
-    plain = PURE_PEERS.get(name) or name.removeprefix("coda_")
-    if not timm.is_model(plain):
-        raise UserError(
-            f"model {name!r} has no plain network to be compared with: timm has no {plain!r}, "
-            "and PURE_PEERS in pipeline/planning/cost.py has no entry for it"
-        )
-    return plain
+    plain = name.removeprefix("coda_")
+    if timm.is_model(plain):
+        return plain
+    described = timm.get_pretrained_cfg(name)
+    small = described is not None and described.input_size[-1] <= SMALL_IMAGES
+    return "resnet20" if small else "resnet18"
 
 
 def table(names: Sequence[str], *, timed: bool) -> str:

@@ -9,9 +9,8 @@ from models.family import HYBRIDS
 from torch import nn
 
 from pipeline.cli import main
-from pipeline.errors import UserError
 from pipeline.models.dau import DAUConv2d
-from pipeline.planning.cost import PURE_PEERS, cost, dau_multiply_adds, peer, table
+from pipeline.planning.cost import cost, dau_multiply_adds, peer, table
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 
@@ -65,11 +64,12 @@ def test_the_page_holds_the_commands_table(capsys):
         assert [cell.strip(" |") for cell in now] == [cell.strip(" |") for cell in then[:8]]
 
 
-def test_a_network_without_a_plain_one_is_a_clear_mistake():
+def test_networks_are_compared_with_a_resnet_for_images_of_their_size():
     assert peer("coda_resnet20") == "resnet20"
-    assert all(timm.is_model(plain) for plain in PURE_PEERS.values())
-    with pytest.raises(UserError, match=r"'coda_xxl'.*PURE_PEERS in pipeline/planning/cost\.py"):
-        peer("coda_xxl")
+    pure = {name: peer(f"coda_{name}") for name in ("xs", "s", "m", "l", "xl")}
+    assert pure == dict.fromkeys(("xs", "s", "m"), "resnet20") | dict.fromkeys(
+        ("l", "xl"), "resnet18"
+    )
 
 
 def test_every_network_of_ours_has_a_plain_one():
