@@ -19,11 +19,12 @@ OWNERS = {
 # Rooms from the ground up. A room imports from itself and from the floors below it; rooms of one
 # floor do not know each other.
 FLOORS = [
-    {"errors", "run_folder", "slurm"},
-    {"files", "log", "recipe", "distributed"},
-    {"caches", "models"},
-    {"data", "interpret", "export"},
-    {"planning", "evaluation", "tracking"},
+    {"errors", "slurm"},
+    {"files", "log", "run_folder"},
+    {"caches", "distributed", "recipe"},
+    {"models"},
+    {"data", "export", "interpret"},
+    {"evaluation", "planning", "tracking"},
     {"reports"},
     {"training"},
     {"doctor"},

@@ -85,7 +85,7 @@ def export(options: argparse.Namespace) -> None:
     from pipeline.export import export
     from pipeline.models.create import build_model
     from pipeline.recipe.load import load_stored
-    from pipeline.training.checkpoint import newest_model
+    from pipeline.training.checkpoint_files import newest_model
 
     folder = RunFolder(options.folder)
     recipe = load_stored(folder.path)

@@ -8,16 +8,14 @@ disk and renamed. DeepSpeed's own checkpoints overwrite in place, name the lates
 have written, and are loaded by unpickling.
 """
 
-import io
 import json
 import logging
 import os
-import pickle
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -27,6 +25,7 @@ from pipeline.distributed import World, average_buffers, gather_across_ranks, to
 from pipeline.errors import UserError
 from pipeline.files import sha256_of, sync, write_atomically
 from pipeline.slurm import report_event
+from pipeline.training.checkpoint_files import load_state, newest_valid, published, store_state
 from pipeline.training.learner import Learner
 from pipeline.training.lease import Lease
 
@@ -82,7 +81,7 @@ class Checkpoints:
             together(lambda: self._write(learner, temporary, updates, own))
             together(lambda: self._publish(temporary, updates), main_only=True)
         except OSError as error:
-            newest = next((path.name for path in _published(self.folder)), None)
+            newest = next((path.name for path in published(self.folder)), None)
             kept = f"{newest} stays the newest" if newest else "there is none yet"
             reason = f"cannot be written: {error.strerror or error}; {kept}"
             raise OSError(
@@ -118,7 +117,7 @@ class Checkpoints:
 
         Every process must call it; all get the same answer.
         """
-        return gather_across_ranks(_newest_valid(self.folder) if self.world.is_main else None)[0]
+        return gather_across_ranks(newest_valid(self.folder) if self.world.is_main else None)[0]
 
     def remove_unfinished(self) -> None:
         """Remove what saves have left that were cut off."""
@@ -135,7 +134,7 @@ class Checkpoints:
             UserError: it belongs to another model, or was sharded over another number of processes.
         """
         engine, modules = learner.engine, _modules(learner)
-        state = _load(path / "model.pt")
+        state = load_state(path / "model.pt")
         if state["shards"] != self._shards(engine):
             raise UserError(
                 f"checkpoint {path}: its optimiser is in {state['shards'] or 'no'} shards, "
@@ -153,12 +152,12 @@ class Checkpoints:
             ) from error
         own = path / f"rank-{self.world.rank}.pt"
         if len(list(path.glob("rank-*.pt"))) == self.world.size:
-            private = _load(own)
+            private = load_state(own)
             _set_random_state(private["random"], self.world)
             for key, module in modules.items():
                 module.load_state_dict(private["buffers"][key], strict=False)
         _optimizer(engine).load_state_dict(
-            _load(own if _sharded(engine) else path / "rank-0.pt")["optimizer"]
+            load_state(own if _sharded(engine) else path / "rank-0.pt")["optimizer"]
         )
         if _sharded(engine):
             engine.optimizer.refresh_fp32_params()
@@ -191,12 +190,12 @@ class Checkpoints:
                 "shards": self._shards(engine),
                 "coda_pipeline": __version__,
             }
-            _store(state, temporary / "model.pt")
+            store_state(state, temporary / "model.pt")
         optimizer = (
             _optimizer(engine).state_dict() if self.world.is_main or _sharded(engine) else None
         )
         private = {"random": _random_state(self.world), "buffers": buffers, "optimizer": optimizer}
-        _store(private, temporary / f"rank-{self.world.rank}.pt")
+        store_state(private, temporary / f"rank-{self.world.rank}.pt")
 
     def _publish(self, temporary: Path, updates: int) -> None:
         files = {
@@ -213,44 +212,9 @@ class Checkpoints:
         sync(self.folder)
         best = self.folder / BEST_NAME
         spared = json.loads(best.read_text())["updates"] if best.exists() else None
-        for old in _published(self.folder)[KEPT_CHECKPOINTS:]:
+        for old in published(self.folder)[KEPT_CHECKPOINTS:]:
             if old.name != f"update-{spared}":
                 shutil.rmtree(old, ignore_errors=True)
-
-
-def newest_model(folder: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Read the weights of the newest valid checkpoint in ``folder``, averaged if they were.
-
-    Returns:
-        weights by name, and the names of the classes.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = _newest_valid(folder)
-    if path is None:
-        raise UserError(
-            f"{folder}: holds no valid checkpoint; "
-            "`coda train` writes one at the end of every epoch"
-        )
-    state = _load(path / "model.pt")
-    return state.get("average", state["model"]), state["classes"]
-
-
-def _published(folder: Path) -> list[Path]:
-    """Checkpoints under their final names, newest first."""
-    found = [
-        path for path in folder.glob("update-*") if path.name.removeprefix("update-").isdigit()
-    ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("update-")), reverse=True)
-
-
-def _newest_valid(folder: Path) -> Path | None:
-    for path in _published(folder):
-        if _valid(path):
-            return path
-        log.warning("checkpoint %s is damaged and skipped", path)
-    return None
 
 
 def _modules(learner: Learner) -> dict[str, nn.Module]:
@@ -283,34 +247,3 @@ def _set_random_state(states: list[torch.Tensor], world: World) -> None:
     torch.set_rng_state(states[0])
     if world.device.type == "cuda" and len(states) > 1:
         torch.cuda.set_rng_state(states[1], world.device)
-
-
-def _store(state: dict[str, Any], path: Path) -> None:
-    # Given the file itself, torch reports a full disk as a failed internal check.
-    content = io.BytesIO()
-    torch.save(state, content)
-    with path.open("wb") as file:
-        file.write(content.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"checkpoint {path}: holds more than tensors and plain data, so it is not loaded"
-        ) from error
-
-
-def _valid(path: Path) -> bool:
-    """Whether the checkpoint is whole. Raises OSError where it cannot be read."""
-    try:
-        files = json.loads((path / "manifest.json").read_text())
-        return all(
-            (path / name).stat().st_size == size and sha256_of(path / name) == digest
-            for name, (size, digest) in files.items()
-        )
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return False
