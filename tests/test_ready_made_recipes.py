@@ -16,6 +16,7 @@ from pipeline.distributed import process_group
 from pipeline.planning.cluster import Cluster
 from pipeline.planning.gpus import GPUS
 from pipeline.planning.plan import Plan
+from pipeline.planning.report import gpu_report
 from pipeline.recipe.load import load
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
@@ -43,7 +44,7 @@ def test_the_header_says_source_command_expectation_and_cost(path):
 def test_the_recipe_is_planned(path):
     recipe = load(path, ["data.progressive=null"])
     plan, cluster = Plan(recipe), Cluster(1, 1, GPUS["h100"])
-    text = plan.report(cluster)
+    text = gpu_report(plan, cluster)
     assert recipe.model.name in text
     assert "nothing here was measured on a GPU" in text
     # An H100 computes at most 1e15 operations a second, and should reach a hundredth of that.

@@ -65,7 +65,7 @@ def plan(options: argparse.Namespace) -> None:
     from pipeline.planning.cpu_profile import cpu_profile
     from pipeline.planning.gpus import GPUS
     from pipeline.planning.plan import Plan
-    from pipeline.planning.report import cpu_report
+    from pipeline.planning.report import cpu_report, gpu_report
 
     recipe = _recipe(options)
     for name in ("nodes", "gpus_per_node", "images"):
@@ -77,7 +77,7 @@ def plan(options: argparse.Namespace) -> None:
     if options.gpu not in GPUS:
         raise UserError(f"--gpu {options.gpu!r} is not known; valid: {', '.join([*GPUS, 'cpu'])}")
     cluster = Cluster(options.nodes, options.gpus_per_node, GPUS[options.gpu])
-    print(Plan(recipe, options.images).report(cluster))
+    print(gpu_report(Plan(recipe, options.images), cluster))
 
 
 def export(options: argparse.Namespace) -> None:

@@ -7,7 +7,6 @@ import torch
 from pipeline.planning.cluster import Cluster, Step
 from pipeline.planning.dry_run import Operation, Work, trace
 from pipeline.planning.gpus import ATTAINABLE_BANDWIDTH, gpu_seconds
-from pipeline.planning.report import gpu_report
 from pipeline.planning.update import update_products
 from pipeline.planning.workload import Workload
 from pipeline.recipe.optimisers import OPTIMISERS
@@ -127,14 +126,6 @@ class Plan:
             for size in self._works
         }
         return [by_size[size] for size in self.workload.sizes]
-
-    def report(self, cluster: Cluster) -> str:
-        """Everything as text for people.
-
-        Raises:
-            UserError: the batch cannot be divided among the processes.
-        """
-        return gpu_report(self, cluster)
 
 
 def _line(two: int, four: int, images: int) -> int:

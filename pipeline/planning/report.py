@@ -1,17 +1,14 @@
 """Plans as text for people."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from pipeline.planning.cluster import Cluster
 from pipeline.planning.cpu_plan import cpu_step
 from pipeline.planning.cpu_profile import CPUProfile
 from pipeline.planning.gpus import ATTAINABLE, ATTAINABLE_BANDWIDTH
+from pipeline.planning.plan import Plan
 from pipeline.planning.workload import DECODED_PIXELS, JPEG_BYTES, Workload
 from pipeline.recipe.schema import Recipe
-
-if TYPE_CHECKING:
-    from pipeline.planning.plan import Plan
 
 # Numbers of nodes in the table of weak scaling.
 SCALES = (1, 4, 16, 64, 256, 512)
@@ -33,7 +30,7 @@ ASSUMPTIONS = (
 )
 
 
-def gpu_report(plan: "Plan", cluster: Cluster) -> str:
+def gpu_report(plan: Plan, cluster: Cluster) -> str:
     """Return all that ``plan`` says of a run on ``cluster``, and what it assumes.
 
     Raises:
@@ -97,7 +94,7 @@ def _model(workload: Workload) -> str:
     )
 
 
-def _data(plan: "Plan", cluster: Cluster, per_device: int, micro: int) -> str:
+def _data(plan: Plan, cluster: Cluster, per_device: int, micro: int) -> str:
     workload = plan.workload
     smallest, largest = min(workload.sizes), workload.largest_size
     sizes = f"{smallest}² to {largest}²" if smallest < largest else f"{largest}²"
@@ -110,7 +107,7 @@ def _data(plan: "Plan", cluster: Cluster, per_device: int, micro: int) -> str:
     )
 
 
-def _memory(plan: "Plan", cluster: Cluster, per_device: int, micro: int) -> Iterator[str]:
+def _memory(plan: Plan, cluster: Cluster, per_device: int, micro: int) -> Iterator[str]:
     parts = {"activations": plan.activation_bytes(micro), **plan.state_bytes(cluster.size)}
     named = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items() if value)
     yield (
@@ -127,7 +124,7 @@ def _memory(plan: "Plan", cluster: Cluster, per_device: int, micro: int) -> Iter
     yield f"            DOES NOT FIT; {line}"
 
 
-def _step(plan: "Plan", cluster: Cluster, per_device: int, micro: int) -> str:
+def _step(plan: Plan, cluster: Cluster, per_device: int, micro: int) -> str:
     size, images = plan.workload.largest_size, per_device * cluster.size
     step = plan.step(size, cluster, per_device, micro)
     return (
@@ -139,7 +136,7 @@ def _step(plan: "Plan", cluster: Cluster, per_device: int, micro: int) -> str:
     )
 
 
-def _time(plan: "Plan", cluster: Cluster, per_device: int, micro: int) -> str:
+def _time(plan: Plan, cluster: Cluster, per_device: int, micro: int) -> str:
     epochs = plan.epoch_seconds(cluster, per_device, micro)
     hours = sum(epochs) / 3600
     return (
@@ -148,7 +145,7 @@ def _time(plan: "Plan", cluster: Cluster, per_device: int, micro: int) -> str:
     )
 
 
-def _weak_scaling(plan: "Plan", cluster: Cluster, per_device: int, micro: int) -> Iterator[str]:
+def _weak_scaling(plan: Plan, cluster: Cluster, per_device: int, micro: int) -> Iterator[str]:
     """Lines of a Markdown table: more nodes, each GPU with the same batch."""
     workload, size = plan.workload, plan.workload.largest_size
     alone = plan.step(size, Cluster(1, 1, cluster.gpu), per_device, micro).seconds

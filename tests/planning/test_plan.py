@@ -18,6 +18,7 @@ from pipeline.planning.cpu_profile import CPUProfile
 from pipeline.planning.dry_run import Operation, trace
 from pipeline.planning.gpus import ATTAINABLE, ATTAINABLE_BANDWIDTH, GPUS, gpu_seconds
 from pipeline.planning.plan import Plan
+from pipeline.planning.report import gpu_report
 from pipeline.planning.update import update_products
 from pipeline.recipe.load import load
 
@@ -105,7 +106,7 @@ def test_an_update_of_muon_multiplies_matrices_as_counted_by_hand():
 
 def test_a_batch_that_does_not_fit_is_said_with_one_that_does():
     small = dataclasses.replace(H100, memory=3e9)
-    text = Plan(load(RECIPE, ["training.global_batch_size=4096"])).report(Cluster(1, 1, small))
+    text = gpu_report(Plan(load(RECIPE, ["training.global_batch_size=4096"])), Cluster(1, 1, small))
     assert "DOES NOT FIT" in text
     assert "training.micro_batch_size=" in text
 
