@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from test_architecture import FLOORS
 
+from pipeline.run_folder import RunFolder
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 NOTEBOOK = DOCS / "explain_a_model.ipynb"
@@ -57,6 +59,36 @@ def test_the_tests_that_keep_the_promises_exist():
 def test_the_table_of_rooms_is_the_tested_one():
     rows = re.findall(r"^\| \d+ \| (.+) \|$", text_of(DOCS / "architecture.md"), re.MULTILINE)
     assert [set(re.findall(r"`(\w+)`", row)) for row in rows] == FLOORS
+
+
+def test_the_names_of_a_run_folder_are_described():
+    folder = RunFolder(Path("run"))
+    properties = [name for name, value in vars(RunFolder).items() if isinstance(value, property)]
+    paths = [getattr(folder, name) for name in properties]
+    names = [path.name for path in paths if isinstance(path, Path)]
+    assert len(names) > 12
+    text = text_of(DOCS / "architecture.md")
+    assert [name for name in names if name not in text] == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CONTRIBUTING.md"])
+def test_the_files_that_are_named_exist(page):
+    """Paths start at the project's root or in pipeline/; CONTRIBUTING also names new files."""
+    for name in re.findall(r"`([\w.]+/[\w/.]+\.(?:py|sh))`", text_of(page)):
+        assert (ROOT / name).is_file() or (ROOT / "pipeline" / name).is_file(), name
+
+
+def test_the_patches_for_additions_fit_the_code():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    patches = re.findall(r"^```diff\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(patches) == 7
+    for patch in patches:
+        for part in re.split(r"^\+\+\+ ", patch, flags=re.MULTILINE)[1:]:
+            name, _, rest = part.partition("\n")
+            for hunk in re.split(r"^@@\n", rest, flags=re.MULTILINE)[1:]:
+                kept = [line[1:] for line in hunk.splitlines() if not line.startswith("+")]
+                if kept:
+                    assert "\n".join(kept) in (ROOT / name).read_text(encoding="utf-8"), name
 
 
 def test_the_folders_in_the_tree_of_the_readme_exist():
