@@ -91,8 +91,8 @@ def _register_models() -> None:
     try:
         pipeline.register_models()
     except (OSError, RuntimeError) as error:
-        # torchvision of another torch, a library of CUDA that is missing
-        # of the disk that they are on
+        # An error of the disk that they are on has a number. Others come from a torchvision of
+        # another torch, or a library of CUDA that is missing.
         if getattr(error, "errno", None):
             raise
         raise ImportError(f"torch, torchvision or timm: {error}") from error

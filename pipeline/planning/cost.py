@@ -118,9 +118,6 @@ def table(names: Sequence[str], *, timed: bool) -> str:
     Every junction of a hybrid has a row, and the default one is bold. Ratios are to the plain
     ResNet at the same input size and number of classes. With ``timed`` there is a last column,
     which is measured.
-
-    Raises:
-        UserError: a network has no plain ResNet to be compared with.
     """
     header = [
         "model",

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pipeline.recipe.checks import ranges
 from pipeline.recipe.parse import TYPE_NAMES, is_required
 from pipeline.recipe.ranges import NameIn, Range
-from pipeline.recipe.schema import Recipe
+from pipeline.recipe.schema import MethodName, MetricName, Recipe
 
 WIDTH = 100
 INTRODUCTION = """\
@@ -29,6 +29,12 @@ sections below the section's name. `coda train RECIPE section.key=value` overrid
 run, and `coda recipes` lists the files that come with the package. An unknown key or a value out
 of its range is an error that names what is valid.
 """
+
+GROWING = {
+    MetricName: "names of [metrics](interpretability.md)",
+    MethodName: "names of [methods](interpretability.md)",
+}
+"""Names that are described elsewhere, so that a new one does not change the page."""
 
 
 def page() -> str:
@@ -100,7 +106,9 @@ def _kind(hint: Any) -> str:
     """Say in words of which type the values of ``hint`` are, or which few they are."""
     first, *others = _members(hint)
     origin, choices = typing.get_origin(first), typing.get_args(first)
-    if origin is Literal:
+    if first in GROWING:
+        text = GROWING[first]
+    elif origin is Literal:
         text = ", ".join(f"`{choice}`" for choice in choices)
     elif origin is tuple:
         text = f"a list of {_kind(choices[0])}"

@@ -123,14 +123,16 @@ class OneOf(Range):
 
 @dataclass(frozen=True, eq=False)
 class NameIn(Range):
-    """Text that is a key of a table."""
+    """Text that is a key of a table, which may grow."""
 
     table: Mapping[str, object]
+    file: str
+    """Where the table stands."""
 
     @property
     def text(self) -> str:
-        """The names."""
-        return ", ".join(f"`{name}`" for name in self.table)
+        """Where the names are."""
+        return f"a name in `{self.file}`"
 
     @property
     def remedy(self) -> str:

@@ -170,7 +170,7 @@ class TrainingRecipe:
     """Images of an update, over all processes together, however many there are."""
     learning_rate: Annotated[float, Positive()]
     """The rate after the warm-up, the highest one."""
-    optimizer: Annotated[str, NameIn(OPTIMISERS)] = "adamw"
+    optimizer: Annotated[str, NameIn(OPTIMISERS, "pipeline/recipe/optimisers.py")] = "adamw"
     """The optimiser. sgd has Nesterov's momentum; muon is for matrices, the rest takes adamw.
 
     With muon `zero_stage` must be 0, as shards are not whole matrices.
@@ -189,7 +189,7 @@ class TrainingRecipe:
     """Epochs in which the rate rises linearly to `learning_rate`; at most `epochs`."""
     warmup_learning_rate: Annotated[float, AtLeast(0)] = 0.0
     """Rate from which the warm-up rises; at most `learning_rate`."""
-    schedule: Annotated[str, NameIn(SCHEDULES)] = "cosine"
+    schedule: Annotated[str, NameIn(SCHEDULES, "pipeline/recipe/schedules.py")] = "cosine"
     """The rate after the warm-up: down to 0 along half a cosine or a straight line, or in steps.
 
     step divides it by `step_factor` each `step_epochs`.

@@ -137,7 +137,8 @@ def _with_known(
     """``evaluation``, joined with what else is known of the same weights and images."""
     joined = Evaluation()
     for (metric, method), known in cache.known().items():
-        if (metric, method) not in asked:
+        # A result of another version may be of a metric that this one lacks.
+        if metric in METRICS and (metric, method) not in asked:
             joined.add(metric, known)
     joined.values |= evaluation.values
     for metric, rows in evaluation.tables.items():
