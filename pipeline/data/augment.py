@@ -1,11 +1,11 @@
-"""What is done to decoded training images: colour jitter, RandAugment, random erasing, mixup and
-cutmix.
+"""Augmentations of decoded training images: colour jitter, RandAugment, erasing, mixup and cutmix.
 
 Sources: RandAugment, arXiv 1909.13719; random erasing, arXiv 1708.04896; mixup, arXiv 1710.09412;
-    cutmix, arXiv 1905.04899; all with
-the constants of torchvision's classes of these names. ``draw(stream)`` gives one number in [0, 1)
-for each image, so that what happens to it depends on nothing else: not on the other images of the
-batch (but its partner), nor on their number or torch's threads.
+cutmix, arXiv 1905.04899; all with the constants of torchvision's classes of these names.
+
+``draw(stream)`` gives one number in [0, 1) for each image. What happens to an image depends on
+these numbers alone: not on the other images of the batch (except its partner in ``mix``), nor on
+their number or on torch's threads.
 """
 
 from collections.abc import Callable
@@ -15,25 +15,38 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from pipeline.data.sampling import fitting_boxes
 
-# stream -> (B,) numbers in [0, 1)
 Draw = Callable[[int], np.ndarray]
+"""stream -> (B,) numbers in [0, 1)."""
 
-# first of the streams that a function below draws from
-JITTER, RANDAUGMENT, ERASE, MIX = 64, 96, 128, 192
+# The first of the streams that each function below draws from.
+JITTER = 64
+RANDAUGMENT = 96
+ERASE = 128
+MIX = 192
+
 ERASED_AREA = (0.02, 1 / 3)
+"""Bounds of the share of an image that is erased."""
 ERASED_ASPECT = (0.3, 3.3)
+"""Bounds of width / height of an erased rectangle."""
 
 
 def color_jitter(images: Tensor, strength: float, draw: Draw) -> Tensor:
-    """``images`` (B, 3, S, S) uint8 with brightness, contrast and saturation each scaled by 1 -
-    strength .. 1 + strength.
+    """Scale brightness, contrast and saturation by factors in 1 - strength .. 1 + strength.
 
-    Each image has its own order of the three. torchvision has the same steps, for one factor at a
-    time.
+    The three come in an order of its own for each image. torchvision has the same steps, with one
+    factor and one order for all images of a call.
+
+    Args:
+        images: (B, 3, S, S) uint8; changed in place.
+        strength: largest difference of a factor from 1.
+        draw: random numbers of the images.
+
+    Returns:
+        ``images``.
     """
     factors = [1 + strength * (2 * draw(JITTER + step) - 1) for step in range(3)]
     orders = np.argsort([draw(JITTER + 3 + step) for step in range(3)], axis=0)  # (3, B)
@@ -53,46 +66,75 @@ def _black(images: Tensor) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
-    return F.rgb_to_grayscale(images)
+    grey: Tensor = rgb_to_grayscale(images)
+    return grey
 
 
 def _mean_grey(images: Tensor) -> Tensor:
-    # an exact sum, in whatever order it is done
+    # In double precision the sum is exact, so its order does not matter.
     return _grey(images).double().mean((1, 2, 3), keepdim=True).float()
 
 
 def _rows(mask: np.ndarray) -> Tensor | None:
+    """Return the indices at which ``mask`` (B,) is true, or None if there are none."""
     return torch.from_numpy(np.flatnonzero(mask)) if mask.any() else None
 
 
 def rand_augment(images: Tensor, operations: int, magnitude: int, draw: Draw) -> Tensor:
-    """``operations`` random steps of torchvision's RandAugment on ``images`` (B, 3, S, S) uint8, at
-    ``magnitude`` 0 .. 30.
+    """Apply random operations of torchvision's RandAugment.
+
+    Args:
+        images: (B, 3, S, S) uint8; changed in place.
+        operations: operations per image, one after the other.
+        magnitude: strength of each, 0 .. 30.
+        draw: random numbers of the images.
+
+    Returns:
+        ``images``.
     """
     library = v2.RandAugment(operations, magnitude)
+    space = library._AUGMENTATION_SPACE
     for turn in range(operations):
-        which = np.floor(draw(RANDAUGMENT + 2 * turn) * len(library._AUGMENTATION_SPACE))
+        which = np.floor(draw(RANDAUGMENT + 2 * turn) * len(space))
         negative = draw(RANDAUGMENT + 2 * turn + 1) < 0.5
-        for number, (name, (magnitudes, signed)) in enumerate(library._AUGMENTATION_SPACE.items()):
+        for number, (name, (magnitudes, signed)) in enumerate(space.items()):
             scale = magnitudes(library.num_magnitude_bins, *images.shape[2:])
             value = 0.0 if scale is None else float(scale[magnitude])
-            for sign in (1, -1) if signed else (1,):
-                if (
-                    chosen := _rows((which == number) & ((not signed) | (negative == (sign < 0))))
-                ) is not None:
-                    # Never one alone: torch would split the sum over its pixels among its threads,
-                    # whose number would show.
-                    part = images[chosen if len(chosen) > 1 else chosen.expand(2)]
-                    done = library._apply_image_or_video_transform(
-                        part, name, sign * value, library.interpolation, library._fill
-                    )
-                    images[chosen] = done[: len(chosen)]
+            mask = which == number
+            if signed:
+                _operate(library, name, value, images, mask & ~negative)
+                _operate(library, name, -value, images, mask & negative)
+            else:
+                _operate(library, name, value, images, mask)
     return images
 
 
+def _operate(
+    library: v2.RandAugment, name: str, value: float, images: Tensor, mask: np.ndarray
+) -> None:
+    """Apply one operation to the images (B, 3, S, S) at which ``mask`` (B,) is true, in place."""
+    chosen = _rows(mask)
+    if chosen is None:
+        return
+    # Never one image alone: torch would split the sum over its pixels among its threads, and the
+    # result would depend on their number.
+    part = images[chosen if len(chosen) > 1 else chosen.expand(2)]
+    changed = library._apply_image_or_video_transform(
+        part, name, value, library.interpolation, library._fill
+    )
+    images[chosen] = changed[: len(chosen)]
+
+
 def random_erasing(images: Tensor, probability: float, draw: Draw) -> Tensor:
-    """``images`` (B, 3, S, S) with a rectangle of random area, aspect ratio and place set to 0 in a
-    share ``probability`` of them.
+    """Set a rectangle of random area, aspect ratio and place to 0 in some of the images.
+
+    Args:
+        images: (B, 3, S, S); changed in place.
+        probability: share of the images in which a rectangle is erased.
+        draw: random numbers of the images.
+
+    Returns:
+        ``images``.
     """
     side = np.full(len(images), images.shape[2])
     boxes, found = fitting_boxes(
@@ -107,31 +149,33 @@ def random_erasing(images: Tensor, probability: float, draw: Draw) -> Tensor:
 def mix(
     images: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: float, draw: Draw
 ) -> tuple[Tensor, Tensor]:
-    """Mix images 2k and 2k + 1 of a batch with each other, by mixup or by cutmix (evenly often,
-    where both are on).
+    """Mix images 2k and 2k + 1 of a batch with each other, by mixup or by cutmix.
 
-    Neighbours in the order of an epoch, of which every micro batch has an even number, are
-    partners, whatever the number of processes. Both get the same share of their own: Beta(a, a)
-    distributed, with a = ``mixup`` or ``cutmix``; 0 turns one off.
+    Where both are on, each is done half of the time. Partners are neighbours in the order of an
+    epoch, whatever the number of processes, as every micro batch has an even number of images.
+    Both partners keep the same share of their own image, which is Beta(a, a) distributed, with
+    a = ``mixup`` or ``cutmix``.
 
     Args:
-        images: (B, 3, S, S) uint8, B even. labels: (B,) int64.
+        images: (B, 3, S, S) uint8, B even; changed in place.
+        labels: (B,) int64.
+        classes: number of classes C.
+        mixup: alpha of mixup; 0 turns it off.
+        cutmix: alpha of cutmix; 0 turns it off.
+        draw: random numbers of the images; those of the first of two partners are used.
 
     Returns:
-        images, and targets (B, C) float32 that say which part of an image is of which class.
+        ``images``, and targets (B, C) float32: the share of each class in each image.
     """
     size = images.shape[2]
     by_cutmix = draw(MIX)[::2] < (0.5 if mixup and cutmix else float(cutmix > 0))
     alpha = np.where(by_cutmix, cutmix, mixup)
-    # (pairs,) share of the own image
-    own = betaincinv(alpha, alpha, draw(MIX + 1)[::2])
-    middle = [draw(MIX + 2 + axis)[::2] * size for axis in range(2)]
+    # The share that an image keeps of itself.
+    own = betaincinv(alpha, alpha, draw(MIX + 1)[::2])  # (B/2,)
+    middle = np.stack([draw(MIX + 2 + axis)[::2] * size for axis in range(2)])  # (2, B/2)
     half = np.sqrt(1 - own) * size / 2
-    # (2, pairs)
-    begin, end = (
-        np.stack([np.clip(np.floor(m + sign * half), 0, size) for m in middle]).astype(int)
-        for sign in (-1, 1)
-    )
+    begin = np.clip(np.floor(middle - half), 0, size).astype(int)  # (2, B/2)
+    end = np.clip(np.floor(middle + half), 0, size).astype(int)
     own = np.where(by_cutmix, 1 - (end - begin).prod(0) / size**2, own)
     partners = _swap(images)
     for pair in np.flatnonzero(by_cutmix):
@@ -149,5 +193,5 @@ def mix(
 
 
 def _swap(values: Tensor) -> Tensor:
-    """Rows 2k and 2k + 1 exchanged, as a copy."""
+    """Return a copy with rows 2k and 2k + 1 exchanged."""
     return values[torch.arange(len(values)) ^ 1]

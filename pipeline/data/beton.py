@@ -1,11 +1,11 @@
-"""The .beton format of FFCV (ffcv/types.py), for files of images and labels: all of it.
+"""FFCV's .beton format (ffcv/types.py) for files of images and labels.
 
 A file is a header, descriptions of its fields, a table of samples, pages of images, and a table of
-addresses. An image lies within one page. Until the address of the last table is in the header, a
-file counts as unfinished: FFCV opens it without complaint, and then hangs or reads outside of it.
+addresses. An image lies within one page. A file is unfinished until its header holds the address of
+the last table. FFCV opens an unfinished file without complaint, and then hangs or reads outside it.
 
-The types stand here and not in an import of FFCV, so that a manifest can be checked without FFCV; a
-test compares them.
+The types are written out here, and not imported from FFCV, so that a manifest can be checked
+without FFCV; a test compares them.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ import numpy as np
 from pipeline.errors import UserError
 
 REMEDY = "run `coda prepare` with the recipe"
+"""The end of a message about a file that is missing or damaged."""
 FORMAT_VERSION = 2
 HEADER = np.dtype(
     [
@@ -37,16 +38,17 @@ IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_p
 SAMPLE = np.dtype([("f0", IMAGE), ("f1", "<i8")], align=True)
 ADDRESS = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE_MODES = {"jpg": 0, "raw": 1}
-# An image, its bytes, and its number in the source.
 STORED_IMAGE = np.dtype([*IMAGE.descr, ("size", "<u8"), ("source", "<u8")])
-# Bytes of the smallest page.
+"""An image, the number of its bytes, and its index in the source."""
 MIN_PAGE = 1 << 23
+"""Bytes of the smallest page."""
 
 
 class Tables(NamedTuple):
-    """What a file holds beside its images."""
+    """The tables of a file, which describe its images."""
 
     page_size: int
+    """Bytes of a page."""
     samples: np.ndarray
     """(N,) SAMPLE."""
     addresses: np.ndarray
@@ -54,19 +56,28 @@ class Tables(NamedTuple):
 
 
 def page_size(largest: int) -> int:
-    """Bytes of a page, a power of two, for images of up to ``largest`` bytes of pixels."""
-    # twice the pixels: a JPEG of noise can be larger than they are
+    """Return the bytes of a page, a power of two, for images of up to ``largest`` bytes of pixels.
+
+    A page has room for twice as much, because a JPEG of noise can be larger than its pixels.
+    """
     return max(MIN_PAGE, 1 << (2 * largest - 1).bit_length())
 
 
 def first_page(samples: int, page: int) -> int:
-    """Where images begin in a file of up to ``samples`` samples."""
+    """Return the address at which images begin in a file of up to ``samples`` samples."""
     return _page_end(_tables_end(samples), page)
 
 
 def place(begin: int, sizes: np.ndarray, page: int) -> tuple[np.ndarray, int]:
-    """Addresses (N,) of images of ``sizes`` (N,) bytes one after the other from address ``begin``
-    on, and where the last one ends.
+    """Place images one after the other, so that each lies within one page.
+
+    Args:
+        begin: address at which the first may begin.
+        sizes: (N,) bytes of the images.
+        page: bytes of a page.
+
+    Returns:
+        (N,) uint64 addresses of the images, and the address at which the last one ends.
     """
     addresses = np.empty(len(sizes), np.uint64)
     end = begin
@@ -79,16 +90,18 @@ def place(begin: int, sizes: np.ndarray, page: int) -> tuple[np.ndarray, int]:
 
 
 def begin(path: Path, page: int) -> None:
-    """Make the file, unfinished."""
+    """Create the file with a header that marks it as unfinished."""
     path.write_bytes(_header(0, page, 0))
 
 
 def finish(path: Path, images: np.ndarray, labels: np.ndarray, page: int) -> None:
-    """Write the tables around the images that the file holds, then the header that makes it whole.
+    """Write the tables around the images of the file, then the header that makes it whole.
 
     Args:
+        path: the file, which holds the images.
         images: (N,) STORED_IMAGE, in the order of their addresses.
         labels: (N,) int64.
+        page: bytes of a page.
     """
     table = np.zeros(len(images), SAMPLE)
     for name in IMAGE.names or ():
@@ -112,7 +125,7 @@ def finish(path: Path, images: np.ndarray, labels: np.ndarray, page: int) -> Non
 
 
 def read_tables(path: Path) -> Tables:
-    """Read the tables of a file, which must have been checked by ``measure``."""
+    """Read the tables of a file that ``measure`` has checked."""
     header = np.fromfile(path, HEADER, count=1)[0]
     samples = int(header["num_samples"])
     begin = _tables_end(0)
@@ -124,7 +137,7 @@ def read_tables(path: Path) -> Tables:
 
 
 def layout(path: Path) -> tuple[int, int]:
-    """Bytes of a page, and bytes of the largest decoded image, of a file that has been checked."""
+    """Return the bytes of a page and of the largest decoded image of a file that was checked."""
     tables = read_tables(path)
     images = tables.samples["f0"]
     return tables.page_size, 3 * int((images["height"].astype(np.int64) * images["width"]).max())
@@ -134,10 +147,10 @@ def measure(path: Path) -> tuple[int, int, str]:
     """Check header and tables of a file against its size.
 
     Returns:
-        bytes, samples, and the SHA-256 of header and tables.
+        The file's bytes, its samples, and the SHA-256 of its header and tables.
 
     Raises:
-        UserError: unreadable, unfinished, truncated, or not a file of images and labels.
+        UserError: The file is unreadable, unfinished, truncated, or not one of images and labels.
     """
     try:
         with path.open("rb") as file:
@@ -169,12 +182,12 @@ def _measure(path: Path, file: BinaryIO) -> tuple[int, int, str]:
 
 
 def _tables_end(samples: int) -> int:
-    """Where the table of ``samples`` samples ends: header, fields, and the table itself."""
+    """Return the address at which a table of ``samples`` samples ends."""
     return HEADER.itemsize + len(FIELD_TYPES) * FIELD.itemsize + samples * SAMPLE.itemsize
 
 
 def _page_end(address: int, page: int) -> int:
-    """``address``, or the next that begins a page."""
+    """Return ``address``, rounded up to the beginning of a page."""
     return -(-address // page) * page
 
 

@@ -1,9 +1,8 @@
-"""What a writer has finished, so that the same command continues after any end, kill -9 and power
-failure included.
+"""The journal of a .beton file that is being written, from which an interrupted writer continues.
 
-One line per chunk of images, in their order, is appended after the chunk's bytes are on the disk: a
-hash of the line, and JSON. The first line names what is written: a journal of something else is
-worth nothing.
+It survives any end of the writer, kill -9 and power failure included. One line per chunk of images,
+in their order, is appended once the chunk's bytes are on the disk: a hash of the line, and JSON.
+The first line identifies what is written; the journal of something else is ignored.
 """
 
 import base64
@@ -25,43 +24,49 @@ class Chunk:
     """Consecutive images of the source."""
 
     begin: int
-    """Address in the .beton file, padding before the first image included."""
+    """Address in the .beton file; padding before the first image is included."""
     end: int
-    images: np.ndarray  # (N,) STORED_IMAGE
+    """Address at which the last image ends."""
+    images: np.ndarray
+    """(N,) STORED_IMAGE."""
     broken: tuple[tuple[int, str], ...]
-    """Number in the source and error of those left out."""
+    """Index in the source and error of each image that is left out."""
     xxh64: str
-    """Of the bytes from begin to end."""
+    """XXH3-64 of the bytes from begin to end."""
 
 
-class Journal:
-    """The finished chunks of the .beton file ``data``.
+class ChunkJournal:
+    """The finished chunks of a .beton file.
+
+    Args:
+        data: the .beton file.
+        identity: a hash of the source and the settings.
 
     Attributes:
-        chunks: those that an earlier process has finished; none if it wrote something other than
-            ``identity``.
-        foreign: whether it did.
+        chunks: chunks that an earlier process has finished; empty if the journal is foreign.
+        foreign: whether an earlier process wrote something other than ``identity``.
     """
 
     def __init__(self, data: Path, identity: str):
-        self.path, self.data = data.with_name(f"{data.name}.journal"), data
+        self.path = data.with_name(f"{data.name}.journal")
+        self.data = data
+        self.foreign = False
+        self.chunks: list[Chunk] = []
         head = json.dumps({"identity": identity}).encode() + b"\n"
-        lines = (
-            self.path.read_bytes().splitlines(keepends=True)
-            if self.path.is_file() and data.is_file()
-            else []
-        )
-        self.foreign = bool(lines) and lines[0] != head
-        self.chunks = (
-            list(_chunks(lines[1:], data.stat().st_size)) if lines and not self.foreign else []
-        )
+        lines: list[bytes] = []
+        if self.path.is_file() and data.is_file():
+            lines = self.path.read_bytes().splitlines(keepends=True)
+        if lines:
+            self.foreign = lines[0] != head
+            if not self.foreign:
+                self.chunks = list(_chunks(lines[1:], data.stat().st_size))
         if self.chunks:
             os.truncate(self.path, sum(map(len, lines[: 1 + len(self.chunks)])))
         else:
             self.path.write_bytes(head)
 
     def commit(self, chunks: Sequence[Chunk]) -> None:
-        """Note that ``chunks`` are finished, once their bytes are on the disk."""
+        """Sync the .beton file to the disk, then append ``chunks`` to the journal."""
         sync(self.data)
         with open(self.path, "ab") as file:
             file.writelines(_line(chunk) for chunk in chunks)
@@ -69,7 +74,7 @@ class Journal:
             os.fsync(file.fileno())
 
     def remove(self) -> None:
-        """Forget everything: the file is whole, or not worth keeping."""
+        """Delete the journal: the file is whole, or holds nothing worth keeping."""
         self.path.unlink(missing_ok=True)
 
 
@@ -81,8 +86,9 @@ def _line(chunk: Chunk) -> bytes:
 
 
 def _chunks(lines: Sequence[bytes], size: int) -> Iterator[Chunk]:
-    """The chunks of the ``lines`` up to the first that is damaged, such as one cut off, or names
-    more than ``size`` bytes.
+    """Yield the chunks of ``lines`` up to the first one that cannot be trusted.
+
+    Such a line is damaged, for example cut off, or ends beyond the ``size`` bytes of the file.
     """
     for line in lines:
         digest, _, text = line.partition(b" ")

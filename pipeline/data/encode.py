@@ -27,7 +27,7 @@ import xxhash
 from tqdm import tqdm
 
 from pipeline.data import beton
-from pipeline.data.chunk_journal import Chunk, Journal
+from pipeline.data.chunk_journal import Chunk, ChunkJournal
 from pipeline.data.epoch_loader import threads
 from pipeline.data.ffcv_library import load_ffcv
 from pipeline.data.images import BrokenImage
@@ -72,7 +72,7 @@ class Stored(NamedTuple):
 
 
 def write_chunks(
-    path: Path, journal: Journal, split: Split, data: DataRecipe, page: int, name: str
+    path: Path, journal: ChunkJournal, split: Split, data: DataRecipe, page: int, name: str
 ) -> None:
     """Write all chunks of ``split`` to ``path`` that are not in ``journal`` yet, and note them
     there.
@@ -120,7 +120,7 @@ class _Writing:
         images: how many of the source have been written or left out.
     """
 
-    def __init__(self, path: Path, journal: Journal, split: Split, data: DataRecipe, page: int):
+    def __init__(self, path: Path, journal: ChunkJournal, split: Split, data: DataRecipe, page: int):
         self.journal, self.split, self.page = journal, split, page
         self.chunk_size, self.fatal = data.chunk_size, data.broken_images == "fail"
         self.first = beton.first_page(len(split), page)

@@ -1,8 +1,7 @@
-"""Images as a model is shown them: their files read, and the sides at which it sees them. Needs no
-FFCV.
+"""Image files read and decoded to RGB; FFCV is not needed.
 
-What cannot be converted raises an error that says why; nothing here waits: not for a pipe, nor for
-a programme that a format might call.
+An image that cannot be converted raises an error that says why. Nothing here can block: neither on
+a pipe, nor on a program that a file format might call.
 """
 
 import os
@@ -14,20 +13,22 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# Pillow's decoders that call nothing outside
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats that Pillow decodes without calling other programs."""
 MAX_FILE_BYTES = 1 << 29
-# side of the evaluation crop / shorter side of the stored image
+"""Bytes of the largest image file that is read."""
 CENTRE_SHARE = 224 / 256
+"""Side of the evaluation crop / shorter side of the stored image."""
 
 
-class BrokenImage(ValueError):
-    """An image that cannot be decoded or shown: says why."""
+class BrokenImage(ValueError):  # noqa: N818  the name is public
+    """An image that cannot be decoded or shown; the message says why."""
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name ends like that of an image. Hidden files are none: some systems leave
-    ``._x.png`` behind.
+    """Return whether a file's name has the ending of an image.
+
+    Hidden files do not count, as some systems leave files such as ``._x.png`` behind.
     """
     base = name.rpartition("/")[2]
     return (
@@ -37,13 +38,13 @@ def is_image(name: str) -> bool:
 
 
 def read_file(path: str | Path, offset: int = 0, length: int | None = None) -> bytes:
-    """A regular file's content, or the ``length`` bytes of it from ``offset`` on.
+    """Read a regular file, or ``length`` bytes of it from ``offset`` on.
 
     Raises:
-        OSError: there is none, it is something else, such as a pipe, it is shorter, or it is
+        OSError: There is no such file, it is not a regular one, it is too short, or it is
             implausibly large.
     """
-    # opening a pipe would wait
+    # O_NONBLOCK, because opening a pipe would wait for its other end.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
@@ -62,11 +63,12 @@ def read_file(path: str | Path, offset: int = 0, length: int | None = None) -> b
 def decode(content: bytes) -> Image.Image:
     """Decode the first frame to 8-bit RGB, upright as its EXIF orientation says.
 
-    Greyscale, palettes and CMYK are converted, 16-bit values scaled to 8 bits, transparency is
-    dropped.
+    Greyscale, palettes and CMYK are converted, 16-bit values are scaled to 8 bits, and transparency
+    is dropped.
 
     Raises:
-        BrokenImage: damaged, empty, floating-point, or above Pillow's limit of 89 million pixels.
+        BrokenImage: The image is damaged, empty, floating-point, or above Pillow's limit of 89
+            million pixels.
     """
     if not content:
         raise BrokenImage("is empty")
@@ -79,15 +81,15 @@ def decode(content: bytes) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:
-        # Pillow's decoders raise errors of many kinds on damaged bytes
+        # Pillow's decoders raise errors of many kinds on damaged bytes.
         raise BrokenImage(" ".join(str(error).split()) or type(error).__name__) from error
     return to_rgb(image)
 
 
 def _load(content: bytes) -> Image.Image:
-    """All that Pillow does with an image's bytes."""
+    """Load the first frame with Pillow, and turn it upright."""
     with warnings.catch_warnings():
-        # damaged EXIF data, for example
+        # Warnings about damaged EXIF data, for example, are of no use to anybody.
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(BytesIO(content), formats=FORMATS) as image:
@@ -97,14 +99,16 @@ def _load(content: bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded image of any mode as 8-bit RGB. Raises BrokenImage: values are floating-point, of
-    unknown range.
+    """Convert a decoded image of any mode to 8-bit RGB.
+
+    Raises:
+        BrokenImage: Its values are floating-point, so their range is unknown.
     """
     if image.mode == "RGB":
         return image
     if image.mode == "F":
         raise BrokenImage("has floating-point values; convert it to 8 or 16 bits")
-    # convert() would clip 16-bit values at 255
+    # convert() would clip 16-bit values at 255.
     if image.mode.startswith("I"):
         image = Image.fromarray(np.clip(np.round(np.asarray(image) / 257), 0, 255).astype(np.uint8))
     return image.convert("RGB")

@@ -1,14 +1,14 @@
-"""The manifest beside prepared .beton files: what they hold, and the proof that they are whole.
+"""The manifest beside prepared .beton files: their contents, and the proof that they are whole.
 
 FFCV opens an unfinished or truncated file without complaint and then hangs, or reads outside it.
-Its header, the table of samples at the start and the table of addresses at the end are therefore
+The header, the table of samples at the start and the table of addresses at the end are therefore
 checked here before FFCV sees a file.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from pipeline.errors import UserError
 from pipeline.files import sync, write_atomically
 from pipeline.recipe.schema import MAX_RESOLUTION, DataRecipe
 
-NAME = "manifest.json"
-VERSION = 1
+MANIFEST_NAME = "manifest.json"
+MANIFEST_VERSION = 1
+# The former name, until training/run.py says MANIFEST_NAME.
+NAME = MANIFEST_NAME
 
 
 @dataclass(frozen=True)
@@ -31,37 +33,48 @@ class SplitFile:
     samples: int
     class_counts: tuple[int, ...]
     tables_sha256: str
-    """Of the header and both tables."""
+    """SHA-256 of the header and both tables."""
     xxh128: str = ""
-    """Of the whole file, as the command xxh128sum prints it; "": written before there was one."""
+    """XXH128 of the whole file, as xxh128sum prints it; empty if an earlier version wrote it."""
     skipped: tuple[tuple[str, str], ...] = ()
-    """Images left out: where they are, what is wrong."""
+    """Place and error of each image that is left out."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of a folder of prepared files."""
+    """The contents of a folder of prepared files."""
 
     source: str
+    """data.source of the recipe."""
     path_name: str | None
-    """Last part of data.path: where it lies may change between machines."""
+    """Last part of data.path; the rest of it may differ between machines."""
     image_size: int
+    """data.image_size of the recipe."""
     write_mode: str
+    """data.write_mode of the recipe."""
     fixed_size: bool
-    """Images are stored at image_size; else they are cropped when they are loaded."""
+    """Whether images are stored at image_size; otherwise they are cropped when they are loaded."""
     classes: tuple[str, ...]
+    """Names of the classes, in the order of the labels."""
     splits: Mapping[str, SplitFile]
-    """"train" and "val"."""
+    """The files of the splits "train" and "val"."""
     ffcv: str
-    """Version that wrote the files."""
+    """Version of FFCV that wrote the files."""
     max_resolution: int | None = None
+    """data.max_resolution of the recipe."""
     jpeg_quality: int = 90
+    """data.jpeg_quality of the recipe."""
     compress_probability: float = 0.5
+    """data.compress_probability of the recipe."""
     sha256: str = ""
-    """Of manifest.json itself."""
+    """SHA-256 of manifest.json itself."""
 
     def require(self, data: DataRecipe) -> None:
-        """Raises UserError if the files were prepared with other data settings than ``data``."""
+        """Check that the files were prepared with the settings ``data``.
+
+        Raises:
+            UserError: They were prepared with other settings.
+        """
         wanted: dict[str, tuple[Any, Any]] = {
             "data.source": (self.source, data.source),
             "data.path": (self.path_name, path_name(data)),
@@ -83,12 +96,13 @@ class Manifest:
         ]
         if differences:
             raise UserError(
-                f"{data.folder}: was prepared with {', '.join(differences)}; remove the folder or point data.prepared to another place"
+                f"{data.folder}: was prepared with {', '.join(differences)}; "
+                "remove the folder or point data.prepared to another place"
             )
 
 
 def path_name(data: DataRecipe) -> str | None:
-    """The last part of ``data.path``."""
+    """Return the last part of ``data.path``, or None if it is not set."""
     return None if data.path is None else Path(data.path).resolve().name
 
 
@@ -96,9 +110,9 @@ def open_manifest(folder: str | Path) -> Manifest:
     """Read ``folder``/manifest.json and check the files that it lists: size, header, tables.
 
     Raises:
-        UserError: there is no manifest, or it or one of its files is damaged.
+        UserError: There is no manifest, or it or one of its files is damaged.
     """
-    path = Path(folder) / NAME
+    path = Path(folder) / MANIFEST_NAME
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -113,15 +127,21 @@ def open_manifest(folder: str | Path) -> Manifest:
     for split in manifest.splits.values():
         if measure(path.parent / split.file) != (split.bytes, split.samples, split.tables_sha256):
             raise UserError(
-                f"{path.parent / split.file}: is not the file that {NAME} describes; {REMEDY}"
+                f"{path.parent / split.file}: is not the file that {MANIFEST_NAME} describes; "
+                f"{REMEDY}"
             )
     return manifest
 
 
 def _parse(tree: dict[str, Any], sha256: str) -> Manifest:
-    """Raises an error of some kind if ``tree`` is no manifest."""
-    if tree.pop("version") != VERSION:
-        raise ValueError(f"not of version {VERSION}")
+    """Turn the content of manifest.json into a manifest.
+
+    Raises:
+        ValueError: Its version or its values are wrong. Content of another form raises a
+            TypeError, KeyError or AttributeError.
+    """
+    if tree.pop("version") != MANIFEST_VERSION:
+        raise ValueError(f"not of version {MANIFEST_VERSION}")
     splits = {name: _split_file(**entry) for name, entry in tree.pop("splits").items()}
     manifest = Manifest(
         **{**tree, "splits": splits, "classes": tuple(tree["classes"]), "sha256": sha256}
@@ -135,16 +155,14 @@ def _parse(tree: dict[str, Any], sha256: str) -> Manifest:
         for split in splits.values()
     ):
         raise ValueError("the images per class do not add up")
-    if not all(
-        type(name) is str
-        for name in (*manifest.classes, manifest.source, *(split.file for split in splits.values()))
-    ):
-        raise ValueError("a name is no text")
+    names = [*manifest.classes, manifest.source, *(split.file for split in splits.values())]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("a name is not a string")
     return manifest
 
 
 def _split_file(
-    class_counts: list[int], skipped: list[list[str]] | tuple = (), **entry: Any
+    class_counts: Sequence[int], skipped: Sequence[Sequence[str]] = (), **entry: Any
 ) -> SplitFile:
     return SplitFile(
         class_counts=tuple(class_counts),
@@ -154,10 +172,10 @@ def _split_file(
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write ``folder``/manifest.json so that it is there whole or not at all."""
-    tree = {"version": VERSION, **asdict(manifest)}
+    """Write ``folder``/manifest.json atomically."""
+    tree = {"version": MANIFEST_VERSION, **asdict(manifest)}
     del tree["sha256"]
-    write_atomically(folder / NAME, (json.dumps(tree, indent=1) + "\n").encode())
+    write_atomically(folder / MANIFEST_NAME, (json.dumps(tree, indent=1) + "\n").encode())
 
 
 def publish(temporary: Path, final: Path) -> None:

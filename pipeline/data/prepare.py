@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from pipeline.data import beton
 from pipeline.data.beton import measure
-from pipeline.data.chunk_journal import Chunk, Journal
+from pipeline.data.chunk_journal import Chunk, ChunkJournal
 from pipeline.data.encode import write_chunks
 from pipeline.data.manifest import (
     NAME,
@@ -111,7 +111,7 @@ def _write_all(data: DataRecipe) -> None:
     splits = open_source(data)
     files = {name: data.folder / f"{name}.beton.tmp" for name in splits}
     journals = {
-        name: Journal(files[name], _identity(split, data)) for name, split in splits.items()
+        name: ChunkJournal(files[name], _identity(split, data)) for name, split in splits.items()
     }
     try:
         entries = {
@@ -161,7 +161,7 @@ def _identity(split: Split, data: DataRecipe) -> str:
 
 
 def _write_split(
-    path: Path, journal: Journal, split: Split, data: DataRecipe, name: str
+    path: Path, journal: ChunkJournal, split: Split, data: DataRecipe, name: str
 ) -> SplitFile:
     page = beton.page_size(largest_bytes(data, split.fixed_size))
     if journal.foreign:

@@ -11,37 +11,39 @@ from pipeline.recipe.schema import DataRecipe
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The data of a run. Opened once in a start, and handed to all that reads it."""
+    """The data of a run, opened once and handed to whatever reads it."""
 
     data: DataRecipe
+    """The recipe's data section."""
     manifest: Manifest
+    """The manifest of the prepared folder."""
     _readable: dict[str, Path] = field(default_factory=dict, repr=False)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of the labels."""
+        """The names of the classes, in the order of the labels."""
         return self.manifest.classes
 
     def split(self, name: str) -> SplitFile:
-        """The entry of the split ``name``, train or val, in the manifest."""
+        """Return the entry of the split ``name``, train or val, in the manifest."""
         return self.manifest.splits[name]
 
     def original(self, name: str) -> Path:
-        """The .beton file of a split where it was prepared."""
+        """Return the .beton file of a split where it was prepared."""
         return self.data.folder / self.split(name).file
 
     def readable(self, name: str) -> Path:
-        """The .beton file of a split to read, which may be a copy on the disk of this node.
+        """Return the .beton file of a split to read, which may be a copy on the node's disk.
 
         Raises:
-            UserError: the copy cannot be made.
+            UserError: The copy cannot be made.
         """
         if name not in self._readable:
             self._readable[name] = readable_file(self.data, self.manifest, name)
         return self._readable[name]
 
     def sha256(self, name: str) -> str:
-        """SHA-256 of the whole file of a split, which is read for it."""
+        """Read the whole file of a split and return its SHA-256."""
         return sha256_of(self.original(name))
 
 
@@ -49,7 +51,7 @@ def open_prepared(data: DataRecipe) -> PreparedData:
     """Open the prepared folder of a recipe's data and check its files.
 
     Raises:
-        UserError: files missing, damaged, or prepared with other settings.
+        UserError: Files are missing, damaged, or prepared with other settings.
     """
     manifest = open_manifest(data.folder)
     manifest.require(data)

@@ -1,7 +1,6 @@
-"""Order and augmentation as pure functions of (seed, epoch, sample index), so that threads, ranks
-and restarts change nothing.
+"""Order and augmentation as pure functions of (seed, epoch, sample index).
 
-Random numbers come from the SplitMix64 finaliser (Steele, Lea, Flood, "Fast splittable pseudorandom
+Threads, ranks and restarts therefore change nothing. Random numbers come from the SplitMix64 finaliser (Steele, Lea, Flood, "Fast splittable pseudorandom
 number generators", OOPSLA 2014) as a hash; random resized crops follow Szegedy et al. (arXiv
 1409.4842, section 6) as torchvision draws them. A box is (top, left, height, width) in pixels of
 the stored image.
@@ -13,23 +12,27 @@ import numpy as np
 
 from pipeline.data.images import CENTRE_SHARE
 
-# share of the stored image's area
 CROP_AREA = (0.08, 1.0)
-# width / height
+"""Bounds of a crop's share of the stored image's area."""
 CROP_ASPECT = (3 / 4, 4 / 3)
-# to find a random box that fits
+"""Bounds of a crop's width / height."""
 ATTEMPTS = 10
+"""Attempts to find a random box that fits."""
 
-# streams of independent random numbers; CROP and the following for the crops
-FLIP, SHIFT_DOWN, SHIFT_RIGHT, CROP = range(4)
+# Streams of independent random numbers. Crops use CROP and those after it.
+FLIP = 0
+SHIFT_DOWN = 1
+SHIFT_RIGHT = 2
+CROP = 3
 
 
 def uniform(seed: int, epoch: int, indices: np.ndarray, stream: int) -> np.ndarray:
-    """(N,) numbers in [0, 1), one for each sample index."""
+    """Return (N,) numbers in [0, 1), one for each sample index."""
     state = np.zeros(len(indices), np.uint64)
     for word in (seed, epoch, stream, indices):
         state = _mix(state ^ np.asarray(word, np.uint64))
-    return (state >> np.uint64(11)) * 2.0**-53
+    numbers: np.ndarray = (state >> np.uint64(11)) * 2.0**-53
+    return numbers
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -40,27 +43,37 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def permutation(seed: int, epoch: int, samples: int) -> np.ndarray:
-    """(samples,) int64: the order in which one epoch visits the samples, the same on every process."""
+    """Return (samples,) int64: the order of an epoch's samples, the same on every process."""
     return np.random.default_rng([seed, epoch]).permutation(samples)
 
 
 def page_permutation(seed: int, epoch: int, pages: np.ndarray, window: int) -> np.ndarray:
-    """As ``permutation``, but ``window`` pages of the file at a time: (samples,) int64, for samples
-    that lie in ``pages`` (samples,).
+    """Return an epoch's order that reads ``window`` pages of the file at a time.
 
-    Pages come in random order, and the samples of a window of them are shuffled, so that only a
+    Pages come in random order, and the samples of a window of them are shuffled, so that only one
     window need be in memory.
+
+    Args:
+        seed: seed of the run.
+        epoch: number of the epoch.
+        pages: (samples,) page in which each sample lies.
+        window: pages that are read together.
+
+    Returns:
+        (samples,) int64, the samples in their order.
     """
     generator = np.random.default_rng([seed, epoch])
     numbers, page = np.unique(pages, return_inverse=True)
-    # (samples,)
-    windows = generator.permutation(len(numbers))[page] // window
+    windows = generator.permutation(len(numbers))[page] // window  # (samples,)
     return np.lexsort((generator.random(len(pages)), windows))
 
 
 def moves(seed: int, epoch: int, indices: np.ndarray, flip: bool, padding: int) -> np.ndarray:
-    """(N, 3): whether to mirror (half of the images, if ``flip``), then by how much to move up and
-    left: -padding .. padding pixels.
+    """Draw mirroring and shifts.
+
+    Returns:
+        (N, 3): whether to mirror, true for half of the images if ``flip``; then by how many pixels
+        to move up and left, in -padding .. padding.
     """
     mirrored = uniform(seed, epoch, indices, FLIP) < 0.5 if flip else np.zeros(len(indices), bool)
     shifts = [
@@ -71,12 +84,12 @@ def moves(seed: int, epoch: int, indices: np.ndarray, flip: bool, padding: int) 
 
 
 def whole_boxes(heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """(N, 4) boxes that hold the whole images."""
+    """Return (N, 4) boxes that hold the whole images."""
     return np.stack([np.zeros_like(heights), np.zeros_like(widths), heights, widths], axis=1)
 
 
 def centre_boxes(heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """(N, 4) central squares with CENTRE_SHARE of the shorter side."""
+    """Return (N, 4) central squares with CENTRE_SHARE of the shorter side."""
     side = np.maximum(np.round(np.minimum(heights, widths) * CENTRE_SHARE).astype(np.int64), 1)
     return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
 
@@ -84,8 +97,9 @@ def centre_boxes(heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
 def random_boxes(
     heights: np.ndarray, widths: np.ndarray, seed: int, epoch: int, indices: np.ndarray
 ) -> np.ndarray:
-    """(N, 4) boxes of random area, aspect ratio and place; the largest central one of valid aspect
-    if no attempt fits.
+    """Return (N, 4) boxes of random area, aspect ratio and place.
+
+    Where no attempt fits, the box is the largest central one with a valid aspect ratio.
     """
     low, high = CROP_ASPECT
     boxes, found = fitting_boxes(
@@ -110,15 +124,26 @@ def fitting_boxes(
     aspects: tuple[float, float],
     draw: Callable[[int, np.ndarray], np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(N, 4) boxes inside images of (N,) ``heights`` and ``widths``, and (N,) whether one of the
-    attempts gave one.
+    """Draw boxes that lie inside their images.
 
-    The share of the area is uniform in ``areas``, the logarithm of width / height in that of
-    ``aspects``, the place uniform. ``draw(stream, left)`` gives numbers in [0, 1) for the images
-    ``left``; streams 0 to 4 * ATTEMPTS - 1 are used.
+    The share of the area is uniform in ``areas``, the logarithm of width / height is uniform in
+    that of ``aspects``, and the place is uniform.
+
+    Args:
+        heights: (N,) heights of the images.
+        widths: (N,) widths of the images.
+        areas: bounds of the share of the area.
+        aspects: bounds of width / height.
+        draw: (stream, left) -> numbers in [0, 1) for the images ``left``; streams 0 to
+            4 * ATTEMPTS - 1 are used.
+
+    Returns:
+        (N, 4) boxes, and (N,) whether one of the attempts fitted.
     """
-    boxes, found = np.zeros((len(heights), 4), np.int64), np.zeros(len(heights), bool)
-    (low, high), (least, most) = aspects, areas
+    boxes = np.zeros((len(heights), 4), np.int64)
+    found = np.zeros(len(heights), bool)
+    low, high = aspects
+    least, most = areas
     for attempt in range(ATTEMPTS):
         left = np.flatnonzero(~found)
         if not len(left):
@@ -127,15 +152,11 @@ def fitting_boxes(
         area, aspect, down, right = (draw(4 * attempt + number, left) for number in range(4))
         area = height * width * (least + area * (most - least))
         aspect = low * (high / low) ** aspect
-        h, w = (
-            np.round(np.sqrt(area / aspect)).astype(np.int64),
-            np.round(np.sqrt(area * aspect)).astype(np.int64),
-        )
-        top, start = (
-            np.floor(down * (height - h + 1)).astype(np.int64),
-            np.floor(right * (width - w + 1)).astype(np.int64),
-        )
-        fits = (0 < h) & (h <= height) & (0 < w) & (w <= width)
+        h = np.round(np.sqrt(area / aspect)).astype(np.int64)
+        w = np.round(np.sqrt(area * aspect)).astype(np.int64)
+        top = np.floor(down * (height - h + 1)).astype(np.int64)
+        start = np.floor(right * (width - w + 1)).astype(np.int64)
+        fits = (h > 0) & (h <= height) & (w > 0) & (w <= width)
         boxes[left[fits]] = np.stack([top, start, h, w], axis=1)[fits]
         found[left] = fits
     return boxes, found

@@ -1,6 +1,4 @@
-"""The pixels of an image in the size in which they are stored. Reading its file is in
-``pipeline.data.images``.
-"""
+"""The size in which images are stored."""
 
 import math
 
@@ -9,18 +7,21 @@ from PIL import Image
 
 from pipeline.recipe.schema import DataRecipe
 
-# stored shorter side / image size, for images that are cropped when they are loaded
 STORED_MARGIN = 256 / 224
-# the longer side of such an image is centre-cropped to this multiple of the shorter one
+"""Stored shorter side / image size, for images that are cropped when they are loaded."""
 MAX_ASPECT = 2
+"""Largest longer side / shorter side of such an image; the longer one is centre-cropped."""
 
 
 def fit(image: Image.Image, data: DataRecipe, fixed_size: bool) -> np.ndarray:
-    """Pixels (H, W, 3) uint8 as they are stored: the square that the model sees if ``fixed_size``;
-    else never enlarged, and
+    """Bring an image to the size in which it is stored.
 
-    with ``data.max_resolution`` the longer side brought down to it, without it the shorter side to
-    ``stored_side`` and the longer one centre-cropped to MAX_ASPECT times that.
+    With ``fixed_size`` that is the square that the model sees. Otherwise an image is never
+    enlarged. With ``data.max_resolution`` its longer side is reduced to that; without, its shorter
+    side is reduced to ``stored_side`` and its longer one centre-cropped to MAX_ASPECT times that.
+
+    Returns:
+        (H, W, 3) uint8.
     """
     if fixed_size:
         return np.asarray(_resize(image, data.image_size, data.image_size))
@@ -36,14 +37,12 @@ def fit(image: Image.Image, data: DataRecipe, fixed_size: bool) -> np.ndarray:
 
 
 def stored_side(image_size: int) -> int:
-    """Upper bound of the shorter side of stored images whose size varies, where the recipe sets no
-    ``max_resolution``.
-    """
+    """Return the largest shorter side of stored images of varying size, without max_resolution."""
     return math.ceil(image_size * STORED_MARGIN)
 
 
 def largest_bytes(data: DataRecipe, fixed_size: bool) -> int:
-    """Bytes of the pixels of the largest image that ``fit`` returns."""
+    """Return the bytes of the largest image that ``fit`` returns."""
     if fixed_size:
         return 3 * data.image_size**2
     if data.max_resolution is not None:
@@ -52,16 +51,17 @@ def largest_bytes(data: DataRecipe, fixed_size: bool) -> int:
 
 
 def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    return (
-        image
-        if image.size == (width, height)
-        else image.resize((width, height), Image.Resampling.BICUBIC)
-    )
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _crop(image: Image.Image) -> Image.Image:
+    """Crop the centre of an image so that its aspect is at most MAX_ASPECT."""
     width, height = image.size
-    crop_width, crop_height = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)
-    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    crop_width = min(width, MAX_ASPECT * height)
+    crop_height = min(height, MAX_ASPECT * width)
+    left = (width - crop_width) // 2
+    top = (height - crop_height) // 2
     cropped = (left, top, left + crop_width, top + crop_height)
     return image if cropped == (0, 0, width, height) else image.crop(cropped)

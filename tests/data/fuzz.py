@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from small_data import recipe, write_images
 
-from pipeline.data.chunk_journal import Journal
+from pipeline.data.chunk_journal import ChunkJournal
 from pipeline.data.images import decode
 from pipeline.data.manifest import open_manifest
 from pipeline.data.prepare import prepare
@@ -215,7 +215,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
         unfinished.touch()
         os.truncate(unfinished, 1 << 24)
         unfinished.with_name("unfinished.journal").write_bytes(content)
-        return f"continues after {len(Journal(unfinished, 'x').chunks)} of 4 chunks"
+        return f"continues after {len(ChunkJournal(unfinished, 'x').chunks)} of 4 chunks"
 
     journal = journal_of_four(folder / "four")
     area = pristine[beton][1 << 23 : int(open_manifest(prepared).splits["val"].bytes)][:20_000]
@@ -246,7 +246,7 @@ def journal_of_four(data: Path) -> bytes:
     from pipeline.data.chunk_journal import Chunk
 
     data.touch()
-    journal = Journal(data, "x")
+    journal = ChunkJournal(data, "x")
     journal.commit(
         [
             Chunk(100 * n, 100 * n + 90, np.full(2, n, STORED_IMAGE), ((n, "is broken"),), "0" * 16)

@@ -13,7 +13,7 @@ from test_prepare import faulty_source, one_line, remains
 
 from pipeline.data import encode
 from pipeline.data.beton import MIN_PAGE
-from pipeline.data.chunk_journal import Journal
+from pipeline.data.chunk_journal import ChunkJournal
 from pipeline.data.images import BrokenImage
 from pipeline.data.prepare import prepare
 from pipeline.data.sources import SOURCES, Source
@@ -153,13 +153,13 @@ def test_a_damaged_journal_counts_up_to_its_damage(recipe, reference, monkeypatc
         (b'{"identity": "another"}\n' + b"".join(lines[1:]), 0),
     ):
         journal.write_bytes(damaged)
-        assert len(Journal(data, identity).chunks) == chunks
+        assert len(ChunkJournal(data, identity).chunks) == chunks
     journal.write_bytes(whole)
-    found = Journal(data, identity).chunks
+    found = ChunkJournal(data, identity).chunks
     size = data.stat().st_size
     os.truncate(data, found[2].end - 1)
     # the file does not hold the third
-    assert len(Journal(data, identity).chunks) == 2
+    assert len(ChunkJournal(data, identity).chunks) == 2
     os.truncate(data, size)
     journal.write_bytes(b"".join(lines[:3]) + lines[3][:50])
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT))
