@@ -150,7 +150,7 @@ def measure(path: Path) -> tuple[int, int, str]:
         The file's bytes, its samples, and the SHA-256 of its header and tables.
 
     Raises:
-        UserError: The file is unreadable, unfinished, truncated, or not one of images and labels.
+        UserError: the file is unreadable, unfinished, truncated, or not one of images and labels.
     """
     try:
         with path.open("rb") as file:

@@ -1,8 +1,8 @@
-"""Reading a .beton file: an order, boxes and moves for its images -> batches, epoch by epoch.
+"""The loader of a .beton file: an order, boxes and moves for its images -> batches of an epoch.
 
-The files, the JPEG decoder and the resizer are FFCV's; the loop around them is not its ``Loader``,
-which waits for ever after an error in its thread, hands out buffers that change later, draws random
-numbers that cannot be repeated, and pads or drops samples.
+The files, the JPEG decoder and the resizer are FFCV's. The loop around them is not its ``Loader``,
+which hangs after an error in its thread, hands out buffers that change later, draws random numbers
+that cannot be repeated, and pads or drops samples.
 """
 
 import logging
@@ -26,8 +26,8 @@ from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# decoded or being decoded while the consumer works
 BATCHES_AHEAD = 3
+"""Batches that are decoded, or being decoded, while the consumer works."""
 
 
 class Batch(NamedTuple):
@@ -35,16 +35,18 @@ class Batch(NamedTuple):
 
     images: torch.Tensor
     """(B, 3, S, S) uint8, RGB, channels last in memory."""
-    labels: torch.Tensor  # (B,) int64
+    labels: torch.Tensor
+    """(B,) int64."""
     indices: torch.Tensor
-    """(B,) int64: number of each sample in the .beton file."""
+    """(B,) int64, the index of each sample in the .beton file."""
     targets: torch.Tensor | None = None
-    """(B, C) float32: shares of the classes in mixed images; None: the labels say all."""
+    """(B, C) float32, the shares of the classes in mixed images; None if no images are mixed."""
 
 
 def unit_range(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Images (B, 3, S, S) uint8 as floats in [0, 1] on ``device``, channels last in memory: there
-    convolutions are fastest.
+    """Convert images (B, 3, S, S) uint8 to floats in [0, 1] on ``device``.
+
+    They are channels last in memory, with which convolutions are fastest.
     """
     return (
         images.to(device, non_blocking=True)
@@ -55,34 +57,34 @@ def unit_range(images: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Visit:
-    """Which samples a process visits in an epoch, and how it shows them."""
+    """The samples that a process visits in an epoch, and the way it shows them."""
 
     order: Callable[[int], np.ndarray]
-    """epoch -> (n,) the samples, in their order."""
+    """epoch -> (n,) samples, in their order."""
     size: Callable[[int], int]
-    """epoch -> side in pixels of the images."""
+    """epoch -> side of the images in pixels."""
     boxes: Callable[[np.ndarray, np.ndarray, int, np.ndarray], np.ndarray]
-    """(heights, widths, epoch, samples) -> (n, 4) the part of each stored image to show."""
+    """(heights, widths, epoch, samples) -> (n, 4) boxes of the stored images to show."""
     moves: Callable[[int, int, np.ndarray], np.ndarray] | None = None
     """(size, epoch, samples) -> (n, 3) flip, down and right of ``StoredImages.decode``."""
     transform: Callable[[Batch, int], Batch] | None = None
-    """(batch, epoch) -> batch: changes of decoded images, in the loader's thread."""
+    """(batch, epoch) -> batch; changes decoded images, in the loader's thread."""
 
 
 class EpochLoader:
     """Batches of one .beton file, epoch by epoch.
 
     Args:
-        path: the file. It must have been checked (``open_manifest``).
-        manifest: what it holds.
-        split: its entry there.
+        path: the file, which ``open_manifest`` has checked.
+        manifest: the manifest of the file.
+        split: name of the file's split in the manifest.
         batch_size: images per batch; the last of an epoch may have fewer.
-        workers: decoding threads, at most; never more than processors.
-        visit: the samples of this process, and how they are shown.
+        workers: largest number of decoding threads; there are never more than processors.
+        visit: the samples of this process, and the way they are shown.
 
     Attributes:
-        samples: images of the whole split, all processes together.
-        classes: their names.
+        samples: number of images of the whole split, all processes together.
+        classes: names of the classes.
         batches_per_epoch: batches of this process in an epoch.
     """
 
@@ -100,8 +102,8 @@ class EpochLoader:
         self.batches_per_epoch = -(-len(visit.order(0)) // batch_size)
         self._visit = visit
         self._stored = StoredImages(path)
-        # One thread for the loader's life: with each new one, numba's and libjpeg's memory for it
-        # would be left behind.
+        # One thread for the loader's life: each new one would leave numba's and libjpeg's memory
+        # for it behind.
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._thread = ThreadPoolExecutor(
             1, f"decode {split}", _begin_thread, (threads(workers), device)
@@ -110,11 +112,10 @@ class EpochLoader:
 
     @contextmanager
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Iterator[Batch]]:
-        """An iterator over the batches of ``epoch`` from number ``start`` on; earlier ones are not
-        decoded.
+        """Open ``epoch`` and iterate over its batches from number ``start`` on.
 
-        Nothing is decoded any more when the block is left, in whatever way. One epoch of a loader
-        can be open at a time.
+        Earlier batches are not decoded. Decoding ends when the block is left, in whatever way. A
+        loader can have one open epoch at a time.
 
         Raises:
             UserError: a stored image cannot be decoded.
@@ -125,8 +126,9 @@ class EpochLoader:
 
     @contextmanager
     def select(self, samples: np.ndarray) -> Iterator[Iterator[Batch]]:
-        """Batches of the ``samples`` (n,) in the given order, as epoch 0 would show them. Ends and
-        raises as ``epoch`` does.
+        """Iterate over batches of the ``samples`` (n,), in their order, as epoch 0 shows them.
+
+        This ends and raises as ``epoch`` does.
         """
         with self._batches(samples, 0) as batches:
             yield batches
@@ -153,6 +155,7 @@ class EpochLoader:
     def _in_turn(
         self, pending: deque[Future[Batch]], ahead: Iterator[Future[Batch]]
     ) -> Iterator[Batch]:
+        """Yield the pending batches, and start another one for each."""
         while pending:
             batch = pending[0].result()
             pending.popleft()
@@ -174,7 +177,8 @@ class EpochLoader:
             self._stored.decode(samples, plan, images.numpy())
             if (broken := samples[plan[:, HEIGHT] == 0]).size:
                 raise UserError(
-                    f"{self.path}: image {broken[0]} cannot be decoded; remove the folder and {REMEDY}"
+                    f"{self.path}: image {broken[0]} cannot be decoded; "
+                    f"remove the folder and {REMEDY}"
                 )
             labels = torch.from_numpy(self._stored.labels[samples])
             batch = Batch(images.permute(0, 3, 1, 2), labels, torch.from_numpy(samples.copy()))
@@ -186,22 +190,21 @@ class EpochLoader:
 
 
 def _begin_thread(workers: int, device: int | None) -> None:
+    """Set numba's threads and the GPU in the loader's thread."""
     import numba
 
     numba.set_num_threads(workers)
     if device is not None:
-        # else pinned memory would be asked of the first GPU, whoever's it is
+        # Otherwise pinned memory would belong to the first GPU, which may be another process's.
         torch.cuda.set_device(device)
 
 
 def threads(workers: int) -> int:
-    """``workers``, but no more than the processors this process may use: more would only take
-    turns.
-    """
+    """Return ``workers``, limited to the processors that this process may use."""
     import numba
 
     config: Any = numba.config
-    available = min(len(os.sched_getaffinity(0)), config.NUMBA_NUM_THREADS)
+    available: int = min(len(os.sched_getaffinity(0)), config.NUMBA_NUM_THREADS)
     if workers > available:
         log.warning(
             "data.workers is %d, but this process may use only %d processors", workers, available

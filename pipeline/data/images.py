@@ -41,7 +41,7 @@ def read_file(path: str | Path, offset: int = 0, length: int | None = None) -> b
     """Read a regular file, or ``length`` bytes of it from ``offset`` on.
 
     Raises:
-        OSError: There is no such file, it is not a regular one, it is too short, or it is
+        OSError: there is no such file, it is not a regular one, it is too short, or it is
             implausibly large.
     """
     # O_NONBLOCK, because opening a pipe would wait for its other end.
@@ -67,7 +67,7 @@ def decode(content: bytes) -> Image.Image:
     is dropped.
 
     Raises:
-        BrokenImage: The image is damaged, empty, floating-point, or above Pillow's limit of 89
+        BrokenImage: the image is damaged, empty, floating-point, or above Pillow's limit of 89
             million pixels.
     """
     if not content:
@@ -102,7 +102,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert a decoded image of any mode to 8-bit RGB.
 
     Raises:
-        BrokenImage: Its values are floating-point, so their range is unknown.
+        BrokenImage: its values are floating-point, so their range is unknown.
     """
     if image.mode == "RGB":
         return image

@@ -1,6 +1,6 @@
 """The loaders of a run: prepared data and a place in the world -> batches.
 
-The order of images is decided here, and no thread, rank or restart can change it.
+The order of images is decided here; threads, ranks and restarts cannot change it.
 """
 
 from collections.abc import Callable
@@ -32,14 +32,14 @@ def train_loader(
     sees the same global batches.
 
     Args:
-        recipe: batch size, augmentation, seed.
+        recipe: the recipe, for batch size, augmentation and seed.
         prepared: the data.
         world: this process among all.
         micro_batch: images per batch.
 
     Raises:
-        UserError: fewer images than a global batch; micro batches that do not add up to a global
-            batch, or are odd where images are mixed; a copy on the node that cannot be made.
+        UserError: there are fewer images than a global batch, micro batches do not add up to one or
+            are odd although images are mixed, or a copy on the node cannot be made.
     """
     data, global_batch = recipe.data, recipe.training.global_batch_size
     samples = prepared.split("train").samples
@@ -84,7 +84,7 @@ def eval_loader(
     """Make the loader that shows every image of ``split`` exactly once over all processes.
 
     Images are unchanged and in order: rank r has the samples r, r + size, ... Processes may have
-    unequal numbers of batches, so no collective may stand inside the loop over them.
+    unequal numbers of batches, so the loop over them must not contain a collective.
 
     Raises:
         UserError: a copy on the node cannot be made.
@@ -117,41 +117,46 @@ def _shuffle(recipe: Recipe, path: Path, samples: int) -> Callable[[int], np.nda
     if held < global_batch:
         raise UserError(
             f"data.shuffle_pages is {window}: so many pages of {path} hold some {held} images, "
-            f"fewer than training.global_batch_size {global_batch}, so that the same ones would "
-            "meet in every epoch; set it higher"
+            f"fewer than training.global_batch_size {global_batch}, so that the same images would "
+            "share a batch in every epoch; set it higher"
         )
     return lambda epoch: sampling.page_permutation(recipe.seed, epoch, pages, window)
 
 
 @dataclass(frozen=True)
 class _Augmentation:
-    """What a recipe does to training images, as an ``EpochLoader`` asks for it."""
+    """A recipe's changes of training images, as the methods that a ``Visit`` needs."""
 
     recipe: Recipe
     manifest: Manifest
 
     @property
     def mixes(self) -> bool:
+        """Whether images are mixed with each other."""
         return self.recipe.data.mixup_alpha > 0 or self.recipe.data.cutmix_alpha > 0
 
     def size(self, epoch: int) -> int:
+        """Return the side of the images in pixels, which may grow from epoch to epoch."""
         return training_size(self.recipe.data, epoch, self.recipe.training.epochs)
 
     def boxes(
         self, heights: np.ndarray, widths: np.ndarray, epoch: int, samples: np.ndarray
     ) -> np.ndarray:
+        """Return the boxes of random resized crops, or whole images if they are of fixed size."""
         if self.manifest.fixed_size:
             return sampling.whole_boxes(heights, widths)
         return sampling.random_boxes(heights, widths, self.recipe.seed, epoch, samples)
 
     def moves(self, size: int, epoch: int, samples: np.ndarray) -> np.ndarray:
+        """Return mirroring and shifts; shifts are smaller while images are smaller."""
         data = self.recipe.data
-        return sampling.moves(
-            self.recipe.seed, epoch, samples, data.flip, data.crop_padding * size // data.image_size
-        )
+        padding = data.crop_padding * size // data.image_size
+        return sampling.moves(self.recipe.seed, epoch, samples, data.flip, padding)
 
     def transform(self, batch: Batch, epoch: int) -> Batch:
-        data, images, targets = self.recipe.data, batch.images, None
+        """Augment decoded images."""
+        data = self.recipe.data
+        images, targets = batch.images, None
         draw = partial(sampling.uniform, self.recipe.seed, epoch, batch.indices.numpy())
         if data.rand_augment_operations:
             images = augment.rand_augment(

@@ -73,7 +73,7 @@ class Manifest:
         """Check that the files were prepared with the settings ``data``.
 
         Raises:
-            UserError: They were prepared with other settings.
+            UserError: they were prepared with other settings.
         """
         wanted: dict[str, tuple[Any, Any]] = {
             "data.source": (self.source, data.source),
@@ -110,7 +110,7 @@ def open_manifest(folder: str | Path) -> Manifest:
     """Read ``folder``/manifest.json and check the files that it lists: size, header, tables.
 
     Raises:
-        UserError: There is no manifest, or it or one of its files is damaged.
+        UserError: there is no manifest, or it or one of its files is damaged.
     """
     path = Path(folder) / MANIFEST_NAME
     try:
@@ -137,7 +137,7 @@ def _parse(tree: dict[str, Any], sha256: str) -> Manifest:
     """Turn the content of manifest.json into a manifest.
 
     Raises:
-        ValueError: Its version or its values are wrong. Content of another form raises a
+        ValueError: its version or its values are wrong. Content of another form raises a
             TypeError, KeyError or AttributeError.
     """
     if tree.pop("version") != MANIFEST_VERSION:

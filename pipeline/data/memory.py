@@ -66,7 +66,7 @@ def check_memory(recipe: Recipe, prepared: PreparedData, world: World, micro_bat
     Every process must call this before it makes loaders.
 
     Raises:
-        UserError: A node has too little memory; raised on every process.
+        UserError: a node has too little memory; raised on every process.
     """
     node = os.uname().nodename
     processes = gather_across_ranks(node).count(node)

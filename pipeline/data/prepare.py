@@ -1,9 +1,9 @@
-"""Write a source's images to ``train.beton`` and ``val.beton``, and the manifest that says they are
-whole.
+"""The writing of a source's images to ``train.beton`` and ``val.beton``, with their manifest.
 
-Files are written under temporary names and renamed; the manifest comes last. What was finished when
-a writer was stopped is kept in a journal, and the same command continues there. The files' bytes
-depend on source and settings only: not on processes, nor on stops.
+Files are written under temporary names and renamed; the manifest comes last. A journal keeps track
+of what is finished, so that the same command continues after an interruption. The files' bytes
+depend on the source and the settings alone: neither on the number of processes nor on
+interruptions.
 """
 
 import fcntl
@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import logging
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,9 +25,9 @@ from tqdm import tqdm
 from pipeline.data import beton
 from pipeline.data.beton import measure
 from pipeline.data.chunk_journal import Chunk, ChunkJournal
-from pipeline.data.encode import write_chunks
+from pipeline.data.chunk_writer import write_chunks
 from pipeline.data.manifest import (
-    NAME,
+    MANIFEST_NAME,
     Manifest,
     SplitFile,
     open_manifest,
@@ -34,7 +35,8 @@ from pipeline.data.manifest import (
     publish,
     write_manifest,
 )
-from pipeline.data.sources import Split, open_source
+from pipeline.data.sources import open_source
+from pipeline.data.sources.split import Split
 from pipeline.data.stored_size import largest_bytes
 from pipeline.distributed import together
 from pipeline.errors import UserError
@@ -42,8 +44,7 @@ from pipeline.recipe.schema import DataRecipe, Recipe
 
 log = logging.getLogger(__name__)
 
-# Settings that decide the stored bytes, as the versions of FFCV, Pillow and OpenCV do.
-STORING = (
+STORING_SETTINGS = (
     "image_size",
     "write_mode",
     "compress_probability",
@@ -51,20 +52,21 @@ STORING = (
     "max_resolution",
     "chunk_size",
 )
+"""Settings that decide the stored bytes, together with the versions of FFCV, Pillow and OpenCV."""
 
 
 def prepare(recipe: Recipe) -> Path:
-    """Prepare the recipe's data, or return at once if that has been done; the main process works,
-    the others wait for it.
+    """Prepare the recipe's data, or return at once if that has been done.
+
+    The main process works, and the others wait for it. Errors are raised on every process.
 
     Returns:
-        the folder: ``recipe.data.folder``.
+        ``recipe.data.folder``.
 
     Raises:
-        UserError: on every process. Unknown or broken source, a broken image, or a folder of other
-            data settings.
-        OSError: on every process. A disk that is full or failing, or a folder that cannot be
-            written.
+        UserError: the source is unknown or broken, an image is broken, or the folder was prepared
+            with other settings.
+        OSError: the disk is full or failing, or the folder cannot be written.
     """
     together(lambda: _prepare(recipe.data), main_only=True)
     return recipe.data.folder
@@ -89,15 +91,15 @@ def _is_prepared(data: DataRecipe) -> bool:
     try:
         manifest = open_manifest(data.folder)
     except UserError:
-        # nothing there, or remains that are worth nothing
+        # The folder is empty, or holds remains that are worth nothing.
         return False
     manifest.require(data)
     return True
 
 
 @contextmanager
-def _locked(folder: Path):
-    """Hold the folder against other jobs that want to prepare the same data."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock the folder against other jobs that want to prepare the same data."""
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,7 +120,7 @@ def _write_all(data: DataRecipe) -> None:
             name: _write_split(files[name], journals[name], split, data, name)
             for name, split in splits.items()
         }
-        (data.folder / NAME).unlink(missing_ok=True)
+        (data.folder / MANIFEST_NAME).unlink(missing_ok=True)
         for path in files.values():
             publish(path, path.with_suffix(""))
         write_manifest(data.folder, _manifest(splits["train"], entries, data))
@@ -126,7 +128,7 @@ def _write_all(data: DataRecipe) -> None:
             journal.remove()
     finally:
         for name, journal in journals.items():
-            # nothing worth continuing
+            # There is nothing to continue from.
             if not journal.chunks:
                 files[name].unlink(missing_ok=True)
                 journal.remove()
@@ -149,9 +151,9 @@ def _manifest(train: Split, entries: dict[str, SplitFile], data: DataRecipe) -> 
 
 
 def _identity(split: Split, data: DataRecipe) -> str:
-    """A hash of all that decides the bytes of the file, except the content of the source's files."""
-    settings = {key: value for key, value in asdict(data).items() if key in STORING}
-    # OpenCV comes in several distributions, of which any serves.
+    """Hash whatever decides the bytes of the file, except the content of the source's files."""
+    settings = {key: value for key, value in asdict(data).items() if key in STORING_SETTINGS}
+    # OpenCV is asked itself, as any of its several distributions may be installed.
     versions = {
         "ffcv": importlib.metadata.version("ffcv"),
         "pillow": PIL.__version__,
@@ -163,6 +165,7 @@ def _identity(split: Split, data: DataRecipe) -> str:
 def _write_split(
     path: Path, journal: ChunkJournal, split: Split, data: DataRecipe, name: str
 ) -> SplitFile:
+    """Write the file of one split, or continue it, and return its entry in the manifest."""
     page = beton.page_size(largest_bytes(data, split.fixed_size))
     if journal.foreign:
         log.warning(
@@ -190,40 +193,39 @@ def _write_split(
     size, samples, tables = measure(path)
     counts = np.bincount(labels, minlength=len(split.classes))
     return SplitFile(
-        path.stem,
-        size,
-        samples,
-        tuple(int(count) for count in counts),
-        tables,
-        digest,
-        tuple(skipped),
+        file=path.stem,
+        bytes=size,
+        samples=samples,
+        class_counts=tuple(int(count) for count in counts),
+        tables_sha256=tables,
+        xxh128=digest,
+        skipped=tuple(skipped),
     )
 
 
 def _digest(path: Path, chunks: list[Chunk], name: str) -> str:
-    """XXH128 of the file, whose chunks must be those that were written.
+    """Read the file back, check its chunks, and return its XXH128.
 
     Raises:
-        UserError: they are not.
+        UserError: a chunk is not what was written.
     """
     digest = xxhash.xxh3_128()
     total = path.stat().st_size
-    with (
-        open(path, "rb") as file,
-        tqdm(
-            total=total, desc=f"reading {name} back", unit="B", unit_scale=True, leave=False
-        ) as bar,
-    ):
-        parts = [
-            (0, chunks[0].begin, None),
-            *((chunk.begin, chunk.end, chunk.xxh64) for chunk in chunks),
-            (chunks[-1].end, total, None),
-        ]
+    parts = [
+        (0, chunks[0].begin, None),
+        *((chunk.begin, chunk.end, chunk.xxh64) for chunk in chunks),
+        (chunks[-1].end, total, None),
+    ]
+    progress = tqdm(
+        total=total, desc=f"reading {name} back", unit="B", unit_scale=True, leave=False
+    )
+    with open(path, "rb") as file, progress as bar:
         for begin, end, known in parts:
             content = file.read(end - begin)
             if known is not None and xxhash.xxh3_64_hexdigest(content) != known:
                 raise UserError(
-                    f"{path}: bytes {begin} to {end} are not those that were written; the disk may be failing: remove the file"
+                    f"{path}: bytes {begin} to {end} are not those that were written; "
+                    "the disk may be failing: remove the file"
                 )
             digest.update(content)
             bar.update(len(content))

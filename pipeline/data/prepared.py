@@ -36,7 +36,7 @@ class PreparedData:
         """Return the .beton file of a split to read, which may be a copy on the node's disk.
 
         Raises:
-            UserError: The copy cannot be made.
+            UserError: the copy cannot be made.
         """
         if name not in self._readable:
             self._readable[name] = readable_file(self.data, self.manifest, name)
@@ -51,7 +51,7 @@ def open_prepared(data: DataRecipe) -> PreparedData:
     """Open the prepared folder of a recipe's data and check its files.
 
     Raises:
-        UserError: Files are missing, damaged, or prepared with other settings.
+        UserError: files are missing, damaged, or prepared with other settings.
     """
     manifest = open_manifest(data.folder)
     manifest.require(data)

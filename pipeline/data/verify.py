@@ -30,7 +30,7 @@ def verify(folder: Path, data: DataRecipe | None = None) -> str:
         A line for each file about what was checked.
 
     Raises:
-        UserError: Something is missing, damaged or prepared with other settings.
+        UserError: something is missing, damaged or prepared with other settings.
     """
     manifest = open_manifest(folder)
     if data is not None:

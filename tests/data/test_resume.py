@@ -11,7 +11,7 @@ import pytest
 from ffcv.reader import Reader
 from test_prepare import faulty_source, one_line, remains
 
-from pipeline.data import encode
+from pipeline.data import chunk_writer
 from pipeline.data.beton import MIN_PAGE
 from pipeline.data.chunk_journal import ChunkJournal
 from pipeline.data.images import BrokenImage
@@ -59,7 +59,7 @@ def prepare_in_foreground(recipe):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_writer_continues(reference, recipe, monkeypatch, number, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(encode, "SYNC_SECONDS", 0)
+    monkeypatch.setattr(chunk_writer, "SYNC_SECONDS", 0)
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT, seconds=0.05))
     writer = get_context("fork").Process(target=prepare_in_foreground, args=(recipe,))
     writer.start()
@@ -122,7 +122,7 @@ def test_a_broken_image_is_repaired_and_writing_continues(reference, recipe, mon
 
 def test_another_source_is_not_continued(reference, recipe, monkeypatch, caplog):
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT, deadly=50))
-    monkeypatch.setattr(encode, "SYNC_SECONDS", 0)
+    monkeypatch.setattr(chunk_writer, "SYNC_SECONDS", 0)
     with pytest.raises(UserError, match="it continues"):
         prepare(recipe)
     assert finished(recipe)
@@ -133,7 +133,7 @@ def test_another_source_is_not_continued(reference, recipe, monkeypatch, caplog)
 
 
 def test_a_damaged_journal_counts_up_to_its_damage(recipe, reference, monkeypatch):
-    monkeypatch.setattr(encode, "SYNC_SECONDS", 0)
+    monkeypatch.setattr(chunk_writer, "SYNC_SECONDS", 0)
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT, deadly=59))
     with pytest.raises(UserError):
         prepare(recipe)
@@ -168,7 +168,7 @@ def test_a_damaged_journal_counts_up_to_its_damage(recipe, reference, monkeypatc
 
 
 def test_bytes_that_the_disk_has_changed_are_found(recipe, reference, monkeypatch):
-    monkeypatch.setattr(encode, "SYNC_SECONDS", 0)
+    monkeypatch.setattr(chunk_writer, "SYNC_SECONDS", 0)
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT, deadly=59))
     with pytest.raises(UserError):
         prepare(recipe)
@@ -208,7 +208,7 @@ def test_a_full_disk_is_one_line_and_writing_continues(make_recipe, monkeypatch,
     number.
     """
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT))
-    monkeypatch.setattr(encode, "SYNC_SECONDS", 0)
+    monkeypatch.setattr(chunk_writer, "SYNC_SECONDS", 0)
     settings = {"source": "squares", "chunk_size": 5, "workers": 2, "image_size": 224}
     reference, recipe = (
         make_recipe(**settings, prepared=tmp_path / "reference"),

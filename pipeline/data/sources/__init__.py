@@ -19,14 +19,14 @@ from pipeline.recipe.schema import DataRecipe
 
 @dataclass(frozen=True)
 class Source:
-    """A data set, or a layout in which any data set may be."""
+    """A data set, or a layout that any data set may have."""
 
     open: Callable[[DataRecipe], Mapping[str, Split]]
     """The recipe's data section -> {"train": Split, "val": Split}."""
     images: int | None = None
-    """Training images, where their number is known without looking."""
+    """Number of training images, where it is known in advance."""
     classes: int | None = None
-    """The same of classes."""
+    """Number of classes, where it is known in advance."""
     fixed_size: bool = False
     """Whether images are stored as squares of data.image_size, and not cropped when loaded."""
 
@@ -37,7 +37,7 @@ SOURCES: dict[str, Source] = {
     "cifar100": Source(cifar100, 50_000, 100, fixed_size=True),
     "imagefolder": Source(imagefolder),
     "imagenet": Source(imagenet, 1_281_167, 1_000),
-    # At most: 1,300 of a class.
+    # At most, as a class has up to 1,300 images.
     "imagenet100": Source(imagenet100, 130_000, 100),
     "tinyimagenet": Source(tinyimagenet, 100_000, 200, fixed_size=True),
     "csv": Source(csv_of_paths),
@@ -65,7 +65,7 @@ def open_source(data: DataRecipe) -> Mapping[str, Split]:
     """Open the splits "train" and "val" of the recipe's source.
 
     Raises:
-        UserError: unknown source, nothing valid at its path, or settings that do not fit it.
+        UserError: the source is unknown, nothing valid is at its path, or settings do not fit it.
     """
     splits = find_source(data.source).open(data)
     if data.max_resolution is not None and splits["train"].fixed_size:

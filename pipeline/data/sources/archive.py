@@ -1,5 +1,6 @@
-"""Files below a folder, or members of an uncompressed tar, under one interface. Members that point
-outside the tar are refused.
+"""Files below a folder, or members of an uncompressed tar, under one interface.
+
+Tars with members that point outside are refused.
 """
 
 import os
@@ -15,17 +16,20 @@ from pipeline.data.images import read_file
 from pipeline.data.sources.split import FileSplit, Split, TarSplit
 from pipeline.errors import UserError
 
-# offset and length in bytes
 Extent = tuple[int, int]
+"""Offset and length of a member in bytes."""
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Names of files, relative to ``root``, which is a folder or, if there are ``extents``, a tar."""
+    """The files of a folder or a tar."""
 
     root: Path
+    """The folder, or the tar if there are ``extents``."""
     names: Sequence[str]
+    """Names of the files, relative to ``root``."""
     extents: dict[str, Extent] | None = None
+    """Name -> place in the tar; None for a folder."""
 
     def split(
         self,
@@ -34,7 +38,7 @@ class Tree:
         names: Sequence[str],
         fixed_size: bool,
     ) -> Split:
-        """The images ``names`` with their ``labels``."""
+        """Return the images ``names`` with their ``labels``."""
         numbers, chosen = np.array(labels, np.int64), tuple(names)
         if self.extents is None:
             return FileSplit(classes, numbers, fixed_size, self.root, chosen)
@@ -42,13 +46,16 @@ class Tree:
         return TarSplit(classes, numbers, fixed_size, (self.root,), chosen, extents)
 
     def text(self, name: str) -> str:
-        """The content of the text file ``name``. Raises UserError: there is none."""
+        """Read the text file ``name``.
+
+        Raises:
+            UserError: there is no such file, or it is not text.
+        """
         try:
-            content = (
-                read_file(self.root / name)
-                if self.extents is None
-                else read_file(self.root, *self.extents[name])
-            )
+            if self.extents is None:
+                content = read_file(self.root / name)
+            else:
+                content = read_file(self.root, *self.extents[name])
             return content.decode()
         except (KeyError, OSError, UnicodeDecodeError) as error:
             raise UserError(
@@ -57,12 +64,16 @@ class Tree:
 
 
 def open_tree(path: Path, folders: Iterable[str], depth: int) -> Tree:
-    """Everything in the tar ``path``; or what lies below the ``folders`` of the folder ``path``,
-    which nest to ``depth`` at most.
+    """List the files of a tar, or those below some folders of a folder.
+
+    Args:
+        path: the tar or the folder.
+        folders: folders in ``path`` to list; a tar is listed completely.
+        depth: levels of folders to list.
 
     Raises:
-        UserError: it cannot be listed; or the tar is compressed, damaged, or has members that are
-            links or lie outside of it.
+        UserError: the folder cannot be listed; or the tar is compressed, damaged, or has members
+            that are links or point outside.
     """
     if path.is_file():
         extents = index_tar(path)
@@ -78,6 +89,7 @@ def open_tree(path: Path, folders: Iterable[str], depth: int) -> Tree:
 
 
 def _files(folder: Path | str, name: str, depth: int, title: str | None = None) -> list[str]:
+    """Return the files below ``folder``, each as ``name``/...; a ``title`` shows progress."""
     names = []
     with os.scandir(folder) as listing:
         for entry in tqdm(listing, f"listing {title}", disable=title is None, leave=False):
@@ -85,58 +97,62 @@ def _files(folder: Path | str, name: str, depth: int, title: str | None = None) 
             if not entry.is_dir():
                 names.append(below)
             elif depth:
-                # bounded, as a link may lead back up
+                # The depth is bounded, as a link may lead back up.
                 names += _files(entry.path, below, depth - 1)
     return names
 
 
 def index_tar(path: Path, quiet: bool = False) -> dict[str, Extent]:
-    """The place of every file in the tar. A later member replaces an earlier one of the same name,
-    as in tar.
+    """Find the place of every file in the tar.
+
+    A later member replaces an earlier one of the same name, as tar does it.
 
     Raises:
-        UserError: not an uncompressed tar, damaged, or with members that are links or lie outside
-            of it.
+        UserError: the file is not an uncompressed tar, is damaged, or has members that are links or
+            point outside.
     """
     places: dict[str, Extent] = {}
     try:
         size = path.stat().st_size
-        with (
-            tarfile.open(path, "r:") as tar,
-            tqdm(
-                total=size,
-                desc=f"indexing {path.name}",
-                unit="B",
-                unit_scale=True,
-                leave=False,
-                disable=quiet,
-            ) as bar,
-        ):
+        progress = tqdm(
+            total=size,
+            desc=f"indexing {path.name}",
+            unit="B",
+            unit_scale=True,
+            leave=False,
+            disable=quiet,
+        )
+        with tarfile.open(path, "r:") as tar, progress as bar:
             for member in tar:
                 bar.update(member.offset_data + member.size - bar.n)
-                name = PurePosixPath(member.name)
-                if name.is_absolute() or ".." in name.parts:
-                    raise UserError(
-                        f"{path}: member {member.name!r} points outside the archive; such archives are refused"
-                    )
-                if not (member.isdir() or member.isreg()) or member.issparse():
-                    raise UserError(
-                        f"{path}: member {member.name!r} is a link, a device or a sparse file; only plain files are read"
-                    )
-                if member.offset_data + member.size > size:
-                    raise UserError(
-                        f"{path}: is cut off or damaged at byte {member.offset}; copy it again"
-                    )
+                _check_member(path, member, size)
                 if member.isreg():
-                    places[str(name)] = (member.offset_data, member.size)
+                    places[str(PurePosixPath(member.name))] = (member.offset_data, member.size)
             end = tar.offset
         # tarfile takes a damaged header for the end of the archive; the real end is a block of
-        # zeros
+        # zeros.
         with open(path, "rb") as file:
             file.seek(end)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise UserError(f"{path}: is cut off or damaged at byte {end}; copy it again")
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        # the last two from numbers in a damaged header
+        # Numbers in a damaged header cause the last two.
         raise UserError(f"{path}: cannot be read as an uncompressed tar file ({error})") from error
     return places
+
+
+def _check_member(path: Path, member: tarfile.TarInfo, size: int) -> None:
+    """Check that a member is a plain file or a folder inside the tar of ``size`` bytes."""
+    name = PurePosixPath(member.name)
+    if name.is_absolute() or ".." in name.parts:
+        raise UserError(
+            f"{path}: member {member.name!r} points outside the archive; "
+            "such archives are refused"
+        )
+    if not (member.isdir() or member.isreg()) or member.issparse():
+        raise UserError(
+            f"{path}: member {member.name!r} is a link, a device or a sparse file; "
+            "only plain files are read"
+        )
+    if member.offset_data + member.size > size:
+        raise UserError(f"{path}: is cut off or damaged at byte {member.offset}; copy it again")

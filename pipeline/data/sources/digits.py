@@ -12,9 +12,9 @@ DIGITS_VAL = 360
 
 
 def digits(data: DataRecipe) -> Mapping[str, Split]:
-    """Open scikit-learn's 1,797 digits, 8 x 8 pixels of 17 levels.
+    """Open scikit-learn's 1,797 digits of 8 x 8 pixels with 17 levels.
 
-    The split into 1,437 and 360 is stratified and fixed, whatever the recipe's seed.
+    The split into 1,437 and 360 is stratified, and the same for every seed of a recipe.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split

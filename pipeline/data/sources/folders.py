@@ -1,11 +1,10 @@
-"""Sources that are folders or uncompressed tars: ImageFolder's layout, ImageNet by WordNet id,
-TinyImagenet's layout.
-"""
+"""Sources that are folders or uncompressed tars: ImageFolder, ImageNet and TinyImagenet."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from timm.data import ImageNetInfo
+from timm.data.imagenet_info import ImageNetInfo
 
 from pipeline.data.images import is_image
 from pipeline.data.sources.archive import Tree, open_tree
@@ -13,64 +12,66 @@ from pipeline.data.sources.split import Split
 from pipeline.errors import UserError
 from pipeline.recipe.schema import DataRecipe
 
-TINY_FOLDER, TINY_ANNOTATIONS = "tiny-imagenet-200", "val/val_annotations.txt"
+FOLDERS = {"train": "train", "val": "val"}
+"""Split -> its folder, in the layouts of ImageFolder and ImageNet."""
+TINY_FOLDER = "tiny-imagenet-200"
+TINY_ANNOTATIONS = "val/val_annotations.txt"
 
 
 def imagefolder(data: DataRecipe) -> Mapping[str, Split]:
-    """Any folder or uncompressed tar with train/<class>/ and val/<class>/ images; labels follow the
-    sorted class names.
+    """Open any folder or uncompressed tar with images in train/<class>/ and val/<class>/.
+
+    Labels follow the sorted class names.
     """
-    return class_folders(data, {"train": "train", "val": "val"}, fixed_size=False)
+    return class_folders(data, FOLDERS, fixed_size=False)
 
 
 def imagenet(data: DataRecipe) -> Mapping[str, Split]:
-    """ImageNet-1k, a folder or uncompressed tar with train/<wnid>/ and val/<wnid>/, in the official
-    order of the 1,000 classes.
+    """Open ImageNet-1k, a folder or uncompressed tar with train/<wnid>/ and val/<wnid>/.
+
+    The 1,000 classes have their official order.
     """
-    return class_folders(
-        data,
-        {"train": "train", "val": "val"},
-        fixed_size=False,
-        wanted=ImageNetInfo().label_names(),
-    )
+    return class_folders(data, FOLDERS, fixed_size=False, wanted=_imagenet_wnids())
 
 
 def imagenet100(data: DataRecipe) -> Mapping[str, Split]:
-    """The first 100 classes of ImageNet-1k, from a folder or tar as for ``imagenet``; the others
-    need not be there.
+    """Open the first 100 classes of ImageNet-1k, from a folder or tar as for ``imagenet``.
+
+    The other classes need not be there.
     """
-    return class_folders(
-        data,
-        {"train": "train", "val": "val"},
-        fixed_size=False,
-        wanted=ImageNetInfo().label_names()[:100],
-    )
+    return class_folders(data, FOLDERS, fixed_size=False, wanted=_imagenet_wnids()[:100])
+
+
+def _imagenet_wnids() -> list[str]:
+    """Return the WordNet ids of ImageNet-1k's classes, in their official order."""
+    info: Any = ImageNetInfo()
+    wnids: list[str] = info.label_names()
+    return wnids
 
 
 def tinyimagenet(data: DataRecipe) -> Mapping[str, Split]:
-    """TinyImagenet as published: train/<wnid>/images/, val/images/ and val/val_annotations.txt, in
-    a folder or uncompressed tar.
+    """Open TinyImagenet as published, in a folder or uncompressed tar.
+
+    It has train/<wnid>/images/, val/images/ and val/val_annotations.txt.
     """
     layout = f"train/<wnid>/images/, val/images/ and {TINY_ANNOTATIONS}"
     path = _existing(data, layout)
-    path = path / TINY_FOLDER if (path / TINY_FOLDER).is_dir() else path
-    tree = open_tree(path, ("train", "val"), depth=3)
-    images = [name for name in tree.names if is_image(name)]
-    # of a tar
-    top = (
-        f"{TINY_FOLDER}/" if any(name.startswith(f"{TINY_FOLDER}/") for name in tree.names) else ""
-    )
-    pattern = [name.removeprefix(top).split("/") for name in images]
-    train = [
-        (parts[1], name)
-        for parts, name in zip(pattern, images, strict=True)
-        if len(parts) == 4 and parts[0::2] == ["train", "images"]
-    ]
-    known = {
-        parts[-1]: name
-        for parts, name in zip(pattern, images, strict=True)
-        if parts[:-1] == ["val", "images"]
-    }
+    if (path / TINY_FOLDER).is_dir():
+        path = path / TINY_FOLDER
+    tree = open_tree(path, FOLDERS.values(), depth=3)
+    # A tar may hold the folder, or what is in it.
+    top = f"{TINY_FOLDER}/"
+    if not any(name.startswith(top) for name in tree.names):
+        top = ""
+    train: list[tuple[str, str]] = []
+    known: dict[str, str] = {}
+    for name in tree.names:
+        if is_image(name):
+            match name.removeprefix(top).split("/"):
+                case ["train", wnid, "images", _]:
+                    train.append((wnid, name))
+                case ["val", "images", file]:
+                    known[file] = name
     if not train or not known:
         raise UserError(f"{path}: is not laid out as TinyImagenet, which has {layout}")
     val = []
@@ -78,15 +79,12 @@ def tinyimagenet(data: DataRecipe) -> Mapping[str, Split]:
         file, wnid, *_ = (*line.split("\t"), "", "")
         if file not in known:
             raise UserError(
-                f"{path}: {TINY_ANNOTATIONS} line {number}: there is no image {file!r} in val/images/"
+                f"{path}: {TINY_ANNOTATIONS} line {number}: "
+                f"there is no image {file!r} in val/images/"
             )
         val.append((wnid, known[file]))
     return _splits(
-        tree,
-        {"train": train, "val": val},
-        {"train": "train", "val": "val"},
-        fixed_size=True,
-        names=wordnet_names,
+        tree, {"train": train, "val": val}, FOLDERS, fixed_size=True, names=wordnet_names
     )
 
 
@@ -96,15 +94,19 @@ def class_folders(
     fixed_size: bool,
     wanted: Sequence[str] | None = None,
 ) -> Mapping[str, Split]:
-    """Splits from <folder>/<class>/<image> below ``data.path``; other files are not looked at.
+    """Open splits whose images are <folder>/<class>/<image> below ``data.path``.
+
+    Other files are ignored.
 
     Args:
+        data: the recipe's data section.
         folders: split -> its folder.
-        wanted: WordNet ids of the classes, in order, others being left out. None: all classes of
+        fixed_size: whether images are stored as squares of data.image_size.
+        wanted: WordNet ids of the classes, in order; others are left out. None takes all classes of
             the first split, sorted by name.
 
     Raises:
-        UserError: nothing there, another layout, or a class without training images.
+        UserError: nothing is there, the layout is another one, or a class has no training images.
     """
     layout = " and ".join(
         f"{folder}/<{'wnid' if wanted else 'class'}>/" for folder in folders.values()
@@ -126,27 +128,31 @@ def class_folders(
     for split, images in listing.items():
         if not images:
             raise UserError(
-                f"{path}: holds no images in {folders[split]}/<class>/; {data.source} needs {layout}"
+                f"{path}: holds no images in {folders[split]}/<class>/; "
+                f"{data.source} needs {layout}"
             )
     if wanted is None:
         return _splits(tree, listing, folders, fixed_size)
     there = {label for label, _ in listing["train"]}
     if missing := [label for label in wanted if label not in there]:
         raise UserError(
-            f"{path}: class {missing[0]} has no images in {folders['train']}/{missing[0]}/ ({len(missing)} of the {len(wanted)} classes "
-            f"of {data.source} are missing); data.source imagefolder takes any set of classes"
+            f"{path}: class {missing[0]} has no images in {folders['train']}/{missing[0]}/ "
+            f"({len(missing)} of the {len(wanted)} classes of {data.source} are missing); "
+            "data.source imagefolder takes any set of classes"
         )
     return _splits(tree, listing, folders, fixed_size, names=wordnet_names)
 
 
 def wordnet_names(wnids: Sequence[str]) -> tuple[str, ...]:
-    """What people call these WordNet ids: the first name, more of them where two are alike, then
-    the id too ("crane (n02012849)").
+    """Return readable names of WordNet ids.
+
+    That is the first name of a class; all of its names if two classes share the first; and the id
+    after them if two classes share all, as in "crane (n02012849)".
 
     Raises:
-        UserError: one of them is no WordNet id.
+        UserError: one of them is not a WordNet id.
     """
-    info = ImageNetInfo("imagenet-22k")
+    info: Any = ImageNetInfo("imagenet-22k")
     try:
         full = [info.label_name_to_description(wnid) for wnid in wnids]
     except KeyError as error:
@@ -164,6 +170,7 @@ def wordnet_names(wnids: Sequence[str]) -> tuple[str, ...]:
 
 
 def _existing(data: DataRecipe, layout: str) -> Path:
+    """Return ``data.path`` and check that it is there; ``layout`` says what it should hold."""
     if data.path is None:
         raise UserError(
             f"data.path is not set; {data.source} needs a folder or a tar file with {layout}"
@@ -171,7 +178,8 @@ def _existing(data: DataRecipe, layout: str) -> Path:
     path = Path(data.path)
     if not path.is_dir() and not path.is_file():
         raise UserError(
-            f"data.path {path}: there is no such file or folder; {data.source} needs one with {layout}"
+            f"data.path {path}: there is no such file or folder; "
+            f"{data.source} needs one with {layout}"
         )
     return path
 
@@ -181,10 +189,19 @@ def _splits(
     listing: Mapping[str, Sequence[tuple[str, str]]],
     folders: Mapping[str, str],
     fixed_size: bool,
-    names=tuple,
+    names: Callable[[Sequence[str]], tuple[str, ...]] = tuple,
 ) -> dict[str, Split]:
-    """Splits from (class, name of the image) of each; ``names`` turns the sorted classes into what
-    people call them.
+    """Make splits from listings.
+
+    Args:
+        tree: the files.
+        listing: split -> (class, name of the image) of each image.
+        folders: split -> its folder, for messages.
+        fixed_size: whether images are stored as squares of data.image_size.
+        names: sorted classes -> their readable names.
+
+    Raises:
+        UserError: a split has a class without training images.
     """
     labels = sorted({label for label, _ in listing["train"]})
     number = {label: index for index, label in enumerate(labels)}
@@ -192,7 +209,8 @@ def _splits(
     for split, images in listing.items():
         if strangers := sorted({label for label, _ in images} - set(labels)):
             raise UserError(
-                f"{tree.root}: class {strangers[0]} is in {folders[split]}/ but not in {folders['train']}/"
+                f"{tree.root}: class {strangers[0]} is in {folders[split]}/ "
+                f"but not in {folders['train']}/"
             )
     return {
         split: tree.split(

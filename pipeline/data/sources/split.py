@@ -1,5 +1,6 @@
-"""One split of a source: labels, and images that are read one by one. Splits are shared with forked
-processes.
+"""One split of a source: labels, and images that are read one by one.
+
+Splits are shared with forked processes.
 """
 
 import hashlib
@@ -17,17 +18,17 @@ class Split:
     """Labels and images of one split."""
 
     classes: tuple[str, ...]
-    labels: np.ndarray  # (N,) int64
+    """Names of the classes, in the order of the labels."""
+    labels: np.ndarray
+    """(N,) int64."""
     fixed_size: bool
-    """True: stored as squares of data.image_size; False: their size varies and the loader crops
-    them.
-    """
+    """Whether images are stored as squares of data.image_size; otherwise the loader crops them."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, index: int) -> Image.Image:
-        """The image as the source has it, in RGB.
+        """Read an image as the source has it, in RGB.
 
         Raises:
             BrokenImage: it cannot be decoded.
@@ -36,12 +37,13 @@ class Split:
         raise NotImplementedError
 
     def describe(self, index: int) -> str:
-        """Where image ``index`` comes from, for messages."""
+        """Return the place of image ``index`` in the source, for messages."""
         raise NotImplementedError
 
     def identity(self) -> str:
-        """A hash of classes, labels and places of the images, by which an interrupted writing
-        recognises its source.
+        """Hash the classes, the labels and the places of the images.
+
+        By this hash, an interrupted writer recognises its source.
         """
         digest = hashlib.sha256(
             "\0".join(self.classes).encode(errors="surrogateescape") + self.labels.tobytes()
@@ -55,13 +57,17 @@ class Split:
 class ArraySplit(Split):
     """Images that are in memory."""
 
-    images: np.ndarray  # (N, H, W, 3) uint8
+    images: np.ndarray
+    """(N, H, W, 3) uint8."""
     name: str
+    """Name of the split, for messages."""
 
     def read(self, index: int) -> Image.Image:
+        """Return an image."""
         return Image.fromarray(self.images[index])
 
     def describe(self, index: int) -> str:
+        """Return the image's index and the name of the split."""
         return f"image {index} of {self.name}"
 
 
@@ -70,13 +76,16 @@ class FileSplit(Split):
     """Images that are files."""
 
     root: Path
+    """Folder that ``names`` are relative to."""
     names: tuple[str, ...]
-    """Relative to ``root``, or absolute."""
+    """Paths of the files, relative to ``root`` or absolute."""
 
     def read(self, index: int) -> Image.Image:
+        """Read and decode an image's file."""
         return decode(read_file(self.root / self.names[index]))
 
     def describe(self, index: int) -> str:
+        """Return the path of an image's file."""
         return str(self.root / self.names[index])
 
 
@@ -85,17 +94,22 @@ class TarSplit(Split):
     """Images that are members of uncompressed tar files, read in place."""
 
     tars: tuple[Path, ...]
+    """The tar files."""
     names: tuple[str, ...]
+    """Names of the members."""
     extents: np.ndarray
-    """(N, 3) int64: number of the tar, offset and length of each member's bytes."""
+    """(N, 3) int64: index of the tar, offset and length of each member's bytes."""
 
     def read(self, index: int) -> Image.Image:
+        """Read and decode a member."""
         tar, offset, length = self.extents[index]
         return decode(read_file(self.tars[tar], int(offset), int(length)))
 
     def describe(self, index: int) -> str:
+        """Return the tar and the name of a member."""
         return f"{self.tars[self.extents[index, 0]]}: {self.names[index]}"
 
     def identity(self) -> str:
+        """Hash also the places in the tars, and append the tars' sizes and times."""
         about = [(path.stat().st_size, path.stat().st_mtime_ns) for path in self.tars]
         return f"{super().identity()} {hashlib.sha256(self.extents.tobytes()).hexdigest()} {about}"
