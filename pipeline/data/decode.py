@@ -95,7 +95,12 @@ def _read_jpeg(stored: np.ndarray, pixels: np.ndarray) -> bool:
 
 @njit(nogil=True)
 def _scale(
-    pixels: np.ndarray, top: int, bottom: int, left: int, right: int, target: np.ndarray
+    pixels: np.ndarray,
+    top: np.int64,
+    bottom: np.int64,
+    left: np.int64,
+    right: np.int64,
+    target: np.ndarray,
 ) -> None:
     """Resize rows top .. bottom and columns left .. right of ``pixels`` into ``target``."""
     height, width = pixels.shape[:2]

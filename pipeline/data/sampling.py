@@ -1,9 +1,11 @@
 """Order and augmentation as pure functions of (seed, epoch, sample index).
 
-Threads, ranks and restarts therefore change nothing. Random numbers come from the SplitMix64 finaliser (Steele, Lea, Flood, "Fast splittable pseudorandom
-number generators", OOPSLA 2014) as a hash; random resized crops follow Szegedy et al. (arXiv
-1409.4842, section 6) as torchvision draws them. A box is (top, left, height, width) in pixels of
-the stored image.
+Threads, ranks and restarts therefore change nothing. A box is (top, left, height, width) in pixels
+of the stored image.
+
+Sources: random numbers come from the SplitMix64 finaliser as a hash (Steele, Lea, Flood, "Fast
+splittable pseudorandom number generators", OOPSLA 2014). Random resized crops follow Szegedy et al.
+(arXiv 1409.4842, section 6) as torchvision draws them.
 """
 
 from collections.abc import Callable
@@ -31,15 +33,16 @@ def uniform(seed: int, epoch: int, indices: np.ndarray, stream: int) -> np.ndarr
     state = np.zeros(len(indices), np.uint64)
     for word in (seed, epoch, stream, indices):
         state = _mix(state ^ np.asarray(word, np.uint64))
-    numbers: np.ndarray = (state >> np.uint64(11)) * 2.0**-53
-    return numbers
+    return (state >> np.uint64(11)) * 2.0**-53
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
+    """Return the next state of SplitMix64, finalised, for each state in ``x``."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def permutation(seed: int, epoch: int, samples: int) -> np.ndarray:

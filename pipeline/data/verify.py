@@ -94,6 +94,5 @@ def _decode(path: Path, manifest: Manifest, name: str) -> None:
             bar.update(len(labels))
     if tuple(counts.tolist()) != split.class_counts:
         raise UserError(
-            f"{path}: its images per class are not those in {MANIFEST_NAME}; "
-            f"remove it and {REMEDY}"
+            f"{path}: its images per class are not those in {MANIFEST_NAME}; remove it and {REMEDY}"
         )

@@ -146,8 +146,7 @@ def _check_member(path: Path, member: tarfile.TarInfo, size: int) -> None:
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts:
         raise UserError(
-            f"{path}: member {member.name!r} points outside the archive; "
-            "such archives are refused"
+            f"{path}: member {member.name!r} points outside the archive; such archives are refused"
         )
     if not (member.isdir() or member.isreg()) or member.issparse():
         raise UserError(
