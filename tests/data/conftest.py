@@ -4,9 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_data import recipe, write_images
+from batches import read
+from runs_for_tests import train_loader
+from small_data import AUGMENTED, recipe, write_images
 
+from pipeline.data.epoch_loader import Batch, EpochLoader
 from pipeline.data.prepare import prepare
+from pipeline.distributed import World
 from pipeline.recipe.schema import Recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -14,15 +18,17 @@ MakeRecipe = Callable[..., Recipe]
 
 @pytest.fixture
 def make_recipe(tmp_path: Path) -> MakeRecipe:
-    """Recipe of the data settings given; prepared files go to the test's own folder unless it says
-    otherwise.
-    """
-    return lambda **settings: recipe(settings.pop("prepared", tmp_path / "prepared"), **settings)
+    """Make a recipe of data settings; its prepared files are in the test's own folder by default."""
+
+    def make(**settings: object) -> Recipe:
+        return recipe(**{"prepared": tmp_path / "prepared", **settings})
+
+    return make
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data.prepared of the digits at 16 x 16, raw."""
+    """The folder data.prepared of the digits, 16 x 16 pixels, stored raw."""
     folder = tmp_path_factory.mktemp("digits")
     prepare(recipe(folder))
     return folder
@@ -30,8 +36,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Data settings of a prepared image folder: 24 + 10 smooth pictures of many sizes, stored as
-    JPEG, shown at 48 x 48.
+    """The data settings of a prepared image folder.
+
+    It holds 24 + 10 smooth pictures of many sizes, stored as JPEG and shown at 48 x 48.
     """
     folder = tmp_path_factory.mktemp("photos")
     write_images(folder / "source", train=12, val=5)
@@ -43,3 +50,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
     prepare(recipe(folder, **settings))
     return {**settings, "prepared": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def augmented(digits: Path) -> tuple[EpochLoader, list[Batch]]:
+    """The augmented training loader of one process, and its first epoch."""
+    loader = train_loader(recipe(digits, **AUGMENTED), World(), 64)
+    return loader, read(loader)

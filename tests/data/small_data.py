@@ -11,10 +11,14 @@ from pipeline.data.stored_size import fit
 from pipeline.recipe.load import from_dict
 from pipeline.recipe.schema import DataRecipe, Recipe
 
+AUGMENTED = {"flip": True, "crop_padding": 2}
+"""Data settings of a simple augmentation."""
+
 
 def recipe(
     prepared: Path, global_batch_size: int = 64, seed: int = 0, epochs: int = 1, **data: object
 ) -> Recipe:
+    """Make a recipe, by default of the digits at 16 x 16."""
     data = {"source": "digits", "image_size": 16, "workers": 1, "prepared": str(prepared), **data}
     training = {"epochs": epochs, "global_batch_size": global_batch_size, "learning_rate": 0.1}
     return from_dict(
@@ -29,13 +33,14 @@ def recipe(
 
 
 def stored(split: Split, index: int, data: DataRecipe) -> np.ndarray:
-    """The pixels (H, W, 3) of an image as they are written."""
+    """Return the pixels (H, W, 3) of an image as they are written."""
     return fit(split.read(index), data, split.fixed_size)
 
 
 def write_images(root: Path, **counts: int) -> None:
-    """Write <root>/<split>/{cat,dog}/<number>.png with ``counts[split]`` images per class, of sizes
-    from 40 to 200 pixels.
+    """Write <root>/<split>/{cat,dog}/<number>.png, of sizes from 40 to 200 pixels.
+
+    Each class has ``counts[split]`` images.
     """
     generator = np.random.default_rng(0)
     for split, count in counts.items():
@@ -50,8 +55,9 @@ def write_images(root: Path, **counts: int) -> None:
 
 
 def damage(path: Path, sample: int) -> None:
-    """Make the JPEG of ``sample`` in the .beton file ``path`` one that cannot be decoded, leaving
-    header and tables as they are.
+    """Damage the JPEG of ``sample`` in the .beton file ``path`` so that it cannot be decoded.
+
+    Header and tables stay as they are.
     """
     address = int(Reader(str(path)).metadata["f0"]["data_ptr"][sample])
     with path.open("r+b") as file:

@@ -7,13 +7,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from batches import joined, read
 from runs_for_tests import eval_loader, train_loader
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from pipeline.data import augment, sampling
 from pipeline.data.augment import color_jitter, mix, rand_augment, random_erasing
-from pipeline.data.epoch_loader import Batch
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.recipe.schedules import training_size
@@ -97,7 +97,8 @@ def test_color_jitter_is_torchvisions_steps_in_the_drawn_order():
             image = steps[step](image, factors[step])
         differences = (found[number].int() - image.int()).abs()
         # a fused multiplication may round otherwise
-        assert differences.max() <= 3 and (differences == 0).float().mean() > 0.95
+        assert differences.max() <= 3
+        assert (differences == 0).float().mean() > 0.95
 
 
 def test_random_erasing_erases_the_claimed_areas_in_the_claimed_share():
@@ -105,7 +106,8 @@ def test_random_erasing_erases_the_claimed_areas_in_the_claimed_share():
     areas = (found == 0).float().mean((1, 2, 3))
     erased = areas > 0
     assert erased.float().mean() == pytest.approx(0.25, abs=4 * np.sqrt(0.25 * 0.75 / 4000))
-    assert 0.015 < areas[erased].min() < 0.03 and 0.3 < areas.max() < 0.35
+    assert 0.015 < areas[erased].min() < 0.03
+    assert 0.3 < areas.max() < 0.35
     for picture in found[erased][:20, 0] == 0:
         rows, columns = picture.any(1), picture.any(0)
         # a whole rectangle
@@ -117,15 +119,15 @@ def test_mixup_mixes_neighbours_and_their_targets_in_the_same_shares():
     images[1::2] = 200
     labels = torch.arange(2000) % 2
     mixed, targets = mix(images.clone(), labels, 5, 0.8, 0.0, draws(2000))
-    assert (targets.sum(1) - 1).abs().max() < 1e-6 and not targets[:, 2:].any()
+    assert (targets.sum(1) - 1).abs().max() < 1e-6
+    assert not targets[:, 2:].any()
     # both keep the same share of their own
     assert torch.equal(targets[::2, 0], targets[1::2, 1])
     assert (mixed.float() - 200 * targets[:, 1].view(-1, 1, 1, 1)).abs().max() <= 0.501
     share = targets[::2, 0].double()
     # of Beta(.8, .8)
-    assert share.mean() == pytest.approx(0.5, abs=0.04) and share.var() == pytest.approx(
-        1 / 4 / 2.6, rel=0.1
-    )
+    assert share.mean() == pytest.approx(0.5, abs=0.04)
+    assert share.var() == pytest.approx(1 / 4 / 2.6, rel=0.1)
 
 
 def test_cutmix_pastes_a_rectangle_of_the_neighbour_whose_area_is_its_target():
@@ -136,7 +138,8 @@ def test_cutmix_pastes_a_rectangle_of_the_neighbour_whose_area_is_its_target():
     for picture in mixed[::2, 0]:
         assert picture.sum() == picture.any(1).sum() * picture.any(0).sum()
     share = targets[::2, 0].double()
-    assert share.max() > 0.95 and share.min() < 0.2
+    assert share.max() > 0.95
+    assert share.min() < 0.2
 
 
 def test_with_both_each_is_done_half_of_the_time():
@@ -148,19 +151,11 @@ def test_with_both_each_is_done_half_of_the_time():
     assert blended[really].float().mean() == pytest.approx(0.5, abs=0.06)
 
 
-def read(loader, epoch=0, start=0) -> list[Batch]:
-    with loader.epoch(epoch, start) as batches:
-        return list(batches)
-
-
-def joined(batches: list[Batch]) -> Batch:
-    return Batch(*map(torch.cat, zip(*batches, strict=True)))
-
-
 def test_all_together_depend_on_neither_world_size_nor_threads_nor_restarts(digits, make_recipe):
     recipe = make_recipe(prepared=digits, **EVERYTHING)
     whole = read(train_loader(recipe, World(), 64), 3)
-    assert len(whole) == 22 and whole[0].targets.shape == (64, 10)
+    assert len(whole) == 22
+    assert whole[0].targets.shape == (64, 10)
     for size, micro in ((2, 32), (4, 8)):
         loaders = [train_loader(recipe, World(rank, rank, size), micro) for rank in range(size)]
         # and from the fifth update on

@@ -12,7 +12,8 @@ from pipeline.data import beton
 
 def test_the_types_are_ffcvs():
     fields = [RGBImageField(), IntField()]
-    assert beton.HEADER == ffcv.types.HeaderType and beton.FIELD == ffcv.types.FieldDescType
+    assert beton.HEADER == ffcv.types.HeaderType
+    assert beton.FIELD == ffcv.types.FieldDescType
     assert beton.ADDRESS == ffcv.types.ALLOC_TABLE_TYPE
     assert beton.SAMPLE == ffcv.types.get_metadata_type(fields)
     assert beton.FORMAT_VERSION == ffcv.types.CURRENT_VERSION
@@ -38,7 +39,8 @@ def test_a_file_that_ffcv_wrote_is_read_as_ffcv_reads_it(tmp_path):
         str(path), {"image": RGBImageField(), "label": IntField()}, num_workers=1
     ).from_indexed_dataset(Squares())
     theirs, ours = Reader(str(path)), beton.read_tables(path)
-    assert (ours.samples == theirs.metadata).all() and (ours.addresses == theirs.alloc_table).all()
+    assert (ours.samples == theirs.metadata).all()
+    assert (ours.addresses == theirs.alloc_table).all()
     assert ours.page_size == theirs.page_size
     assert beton.measure(path)[:2] == (path.stat().st_size, 3)
     assert beton.layout(path) == (theirs.page_size, 3 * 6 * 5)

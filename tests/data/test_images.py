@@ -86,7 +86,8 @@ as_grey = np.repeat(np.asarray(GREY)[..., None], 3, 2).astype(int)
 )
 def test_converted_to_upright_rgb(content, expected, tolerance):
     image = decode(content)
-    assert image.mode == "RGB" and image.size == expected.shape[1::-1]
+    assert image.mode == "RGB"
+    assert image.size == expected.shape[1::-1]
     assert np.abs(np.asarray(image).astype(int) - expected).max() <= tolerance
 
 
@@ -144,7 +145,8 @@ def test_names_of_images():
     assert [is_image(name) for name in ("a/._b.png", "b.txt", "c.eps", "d", "png", "e.png/f")] == [
         False
     ] * 6
-    assert not ImageFile.LOAD_TRUNCATED_IMAGES and "EPS" not in FORMATS
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    assert "EPS" not in FORMATS
 
 
 @pytest.fixture
@@ -171,7 +173,8 @@ def test_skipped_images_are_listed(faulty_folder, make_recipe, caplog):
     recipe = make_recipe(source="imagefolder", path=str(faulty_folder), broken_images="skip")
     prepare(recipe)
     train = open_manifest(recipe.data.folder).splits["train"]
-    assert train.samples == 6 and train.class_counts == (0, 6)
+    assert train.samples == 6
+    assert train.class_counts == (0, 6)
     assert [where for where, _ in train.skipped] == [
         str(faulty_folder / f"train/cat/{number}.png") for number in range(6)
     ]
@@ -185,7 +188,8 @@ def test_skipped_images_are_listed(faulty_folder, make_recipe, caplog):
     )
     printed = caplog.text
     for (where, found), expected in zip(train.skipped, reasons, strict=True):
-        assert expected in found and f"{where}: {found}" in printed
+        assert expected in found
+        assert f"{where}: {found}" in printed
 
 
 @pytest.mark.timeout(60)

@@ -54,7 +54,8 @@ def faulty_source(count=100, **faults):
 
 
 def one_line(error) -> str:
-    assert isinstance(error.value, UserError) and "\n" not in str(error.value)
+    assert isinstance(error.value, UserError)
+    assert "\n" not in str(error.value)
     return str(error.value)
 
 
@@ -77,16 +78,13 @@ def test_prepared_folder_holds_what_its_manifest_says(digits, make_recipe):
     recipe = make_recipe(prepared=digits)
     assert remains(recipe.data.folder) == ["manifest.json", "train.beton", "val.beton"]
     manifest, splits = open_manifest(recipe.data.folder), open_source(recipe.data)
-    assert (
-        manifest.classes == tuple("0123456789")
-        and manifest.fixed_size
-        and len(manifest.sha256) == 64
-    )
+    assert manifest.classes == tuple("0123456789")
+    assert manifest.fixed_size
+    assert len(manifest.sha256) == 64
     for name, split in splits.items():
         entry = manifest.splits[name]
-        assert entry.samples == len(split) and entry.class_counts == tuple(
-            np.bincount(split.labels)
-        )
+        assert entry.samples == len(split)
+        assert entry.class_counts == tuple(np.bincount(split.labels))
         assert entry.bytes == (recipe.data.folder / entry.file).stat().st_size
 
 
@@ -104,9 +102,8 @@ def test_other_data_settings_are_refused(digits, make_recipe):
     for action in (prepare, lambda recipe: train_loader(recipe, World(), 64)):
         with pytest.raises(UserError) as error:
             action(recipe)
-        assert "data.write_mode raw (recipe: jpg)" in one_line(
-            error
-        ) and "remove the folder or point data.prepared" in one_line(error)
+        assert "data.write_mode raw (recipe: jpg)" in one_line(error)
+        assert "remove the folder or point data.prepared" in one_line(error)
 
 
 def test_broken_images_are_named_and_nothing_is_left(make_recipe, tmp_path):
@@ -117,7 +114,8 @@ def test_broken_images_are_named_and_nothing_is_left(make_recipe, tmp_path):
     recipe = make_recipe(source="imagefolder", path=str(tmp_path / "source"))
     with pytest.raises(UserError) as error:
         prepare(recipe)
-    assert str(broken) in one_line(error) and "(and 1 more, listed above)" in one_line(error)
+    assert str(broken) in one_line(error)
+    assert "(and 1 more, listed above)" in one_line(error)
     assert remains(recipe.data.folder) == []
 
 
@@ -209,7 +207,8 @@ def test_damaged_files_are_refused_before_ffcv_opens_them(copied, damage):
     damage(copied.data.folder / "train.beton")
     with pytest.raises(UserError) as error:
         train_loader(copied, World(), 64)
-    assert "train.beton" in one_line(error) and "coda prepare" in one_line(error)
+    assert "train.beton" in one_line(error)
+    assert "coda prepare" in one_line(error)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 2}', '{"version": 1, "splits": {}}'])
@@ -217,7 +216,8 @@ def test_damaged_manifest_is_refused(copied, text):
     (copied.data.folder / "manifest.json").write_text(text)
     with pytest.raises(UserError) as error:
         open_manifest(copied.data.folder)
-    assert "manifest.json" in one_line(error) and "coda prepare" in one_line(error)
+    assert "manifest.json" in one_line(error)
+    assert "coda prepare" in one_line(error)
 
 
 def test_missing_folder_names_the_remedy(make_recipe):
@@ -269,6 +269,7 @@ def test_two_ranks_prepare_once_and_fail_together(make_recipe):
         process.join()
     for rank in range(2):
         failed, succeeded = answers[2 * rank : 2 * rank + 2]
-        assert succeeded == (rank, "digits-8") and failed[0] == rank
+        assert succeeded == (rank, "digits-8")
+        assert failed[0] == rank
         assert failed[1].startswith("data.path nowhere: there is no such file")
     assert remains(recipes[1].data.folder) == ["manifest.json", "train.beton", "val.beton"]

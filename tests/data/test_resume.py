@@ -68,7 +68,8 @@ def test_a_stopped_writer_continues(reference, recipe, monkeypatch, number, capl
     os.kill(writer.pid, number)
     writer.join()
     done = finished(recipe)
-    assert 4 <= done < COUNT / 5 and not (recipe.data.folder / "train.beton").exists()
+    assert 4 <= done < COUNT / 5
+    assert not (recipe.data.folder / "train.beton").exists()
     read = get_context("fork").Value("i", 0)
     monkeypatch.setitem(SOURCES, "squares", counting(read))
     prepare(recipe)
@@ -111,9 +112,8 @@ def test_a_broken_image_is_repaired_and_writing_continues(reference, recipe, mon
     monkeypatch.setitem(SOURCES, "squares", Source(broken))
     with pytest.raises(UserError) as error:
         prepare(recipe)
-    assert "square 32: is not a readable image: is broken" in one_line(
-        error
-    ) and "data.broken_images=skip" in one_line(error)
+    assert "square 32: is not a readable image: is broken" in one_line(error)
+    assert "data.broken_images=skip" in one_line(error)
     assert 4 <= finished(recipe) <= 6
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT))
     prepare(recipe)
@@ -222,7 +222,8 @@ def test_a_full_disk_is_one_line_and_writing_continues(make_recipe, monkeypatch,
             prepare(recipe)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert error.value.errno == errno.EFBIG and error.value.filename == str(recipe.data.folder)
+    assert error.value.errno == errno.EFBIG
+    assert error.value.filename == str(recipe.data.folder)
     assert 0 < finished(recipe) <= 6
     prepare(recipe)
     assert contents(recipe.data.folder) == contents(reference.data.folder)

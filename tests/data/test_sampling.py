@@ -37,7 +37,8 @@ def test_flip_and_shift_are_the_obvious_ones(digits, make_recipe):
     with plain.epoch(5) as images, moved.epoch(5) as results:
         before, after = next(images), next(results)
     mirrored, down, right = sampling.moves(0, 5, before.indices.numpy(), True, padding).T
-    assert set(mirrored) == {0, 1} and len(set(down)) > 2
+    assert set(mirrored) == {0, 1}
+    assert len(set(down)) > 2
     for number in range(16):
         twin = obvious_twin(
             before.images[number], mirrored[number], int(down[number]), int(right[number])
@@ -53,7 +54,8 @@ def test_flip_is_fair_and_shift_is_uniform():
     counts = np.bincount(((down + 4) * 9 + right + 4).astype(int), minlength=81)
     expected = len(INDICES) / 81
     # chi square, 80 degrees of freedom, p = 0.001
-    assert len(counts) == 81 and ((counts - expected) ** 2 / expected).sum() < 124.9
+    assert len(counts) == 81
+    assert ((counts - expected) ** 2 / expected).sum() < 124.9
     assert not sampling.moves(0, 0, INDICES, False, 0).any()
 
 
@@ -82,11 +84,15 @@ def test_random_boxes_are_inside_and_cover_the_claimed_areas():
     generator = np.random.default_rng(0)
     heights, widths = generator.integers(200, 400, (2, len(INDICES)))
     top, left, height, width = sampling.random_boxes(heights, widths, 0, 0, INDICES).T
-    assert min(top.min(), left.min()) >= 0 and min(height.min(), width.min()) >= 1
-    assert (top + height <= heights).all() and (left + width <= widths).all()
+    assert min(top.min(), left.min()) >= 0
+    assert min(height.min(), width.min()) >= 1
+    assert (top + height <= heights).all()
+    assert (left + width <= widths).all()
     area, aspect = height * width / (heights * widths), width / height
-    assert 0.078 < area.min() < 0.09 and area.max() > 0.9
-    assert 0.73 < aspect.min() < 0.77 and 1.3 < aspect.max() < 1.36
+    assert 0.078 < area.min() < 0.09
+    assert area.max() > 0.9
+    assert 0.73 < aspect.min() < 0.77
+    assert 1.3 < aspect.max() < 1.36
     # as often wide as high
     assert abs(np.log(aspect).mean()) < 0.01
 

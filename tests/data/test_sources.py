@@ -1,31 +1,17 @@
-"""Sources: what they hold, what they refuse, and that every kind of image becomes upright 8-bit
-RGB.
-"""
+"""Sources: their contents, their refusals, and the conversion of images to upright 8-bit RGB."""
 
-import io
 import pickle
 import tarfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from small_data import stored, write_images
+from source_files import member, pack
 
 from pipeline.data.sources import open_source
 from pipeline.errors import UserError
-
-SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
-
-
-def pack(folder: Path, tar: Path, *extra: tarfile.TarInfo) -> Path:
-    """Tar the contents of ``folder`` as `tar -C folder -cf tar .` does, then add ``extra`` headers."""
-    with tarfile.open(tar, "w") as archive:
-        archive.add(folder, ".")
-        for member in extra:
-            archive.addfile(member, io.BytesIO(bytes(member.size)))
-    return tar
 
 
 def test_digits_split_is_fixed_and_stratified(make_recipe):
@@ -36,7 +22,9 @@ def test_digits_split_is_fixed_and_stratified(make_recipe):
         share = np.bincount(first[split].labels) / len(first[split])
         assert np.ptp(share) < 0.02
     image = stored(first["val"], 0, make_recipe().data)
-    assert image.shape == (16, 16, 3) and image.dtype == np.uint8 and image.max() > 200
+    assert image.shape == (16, 16, 3)
+    assert image.dtype == np.uint8
+    assert image.max() > 200
     assert first["val"].classes == tuple("0123456789")
 
 
@@ -54,7 +42,8 @@ def test_folder_and_tar_hold_the_same(make_recipe, tmp_path):
         open_source(make_recipe(source="imagefolder", path=str(p)).data)
         for p in (tmp_path / "source", tar)
     )
-    assert folder["train"].classes == ("cat", "dog") and folder["train"].labels.tolist() == [
+    assert folder["train"].classes == ("cat", "dog")
+    assert folder["train"].labels.tolist() == [
         0,
         0,
         1,
@@ -88,12 +77,6 @@ def test_max_resolution_is_refused_where_it_would_do_nothing(make_recipe):
         open_source(make_recipe(max_resolution=100).data)
 
 
-def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, link
-    return info
-
-
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -109,7 +92,8 @@ def test_tar_with_dangerous_member_is_refused(make_recipe, tmp_path, extra, mess
     tar = pack(tmp_path / "source", tmp_path / "source.tar", extra)
     with pytest.raises(UserError, match=message) as error:
         open_source(make_recipe(source="imagefolder", path=str(tar)).data)
-    assert "\n" not in str(error.value) and extra.name in str(error.value)
+    assert "\n" not in str(error.value)
+    assert extra.name in str(error.value)
 
 
 def test_truncated_or_compressed_tar_is_refused(make_recipe, tmp_path):
@@ -177,76 +161,3 @@ def test_every_kind_of_image_becomes_upright_rgb(make_recipe, tmp_path):
         ), split.describe(index)
         tolerance = 12 if "palette" in split.describe(index) else 1
         assert np.abs(image.astype(int) - expected).max() <= tolerance, split.describe(index)
-
-
-def test_failed_cifar10_download_tells_the_remedy(make_recipe, monkeypatch):
-    from torchvision.datasets import CIFAR10
-
-    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
-    with pytest.raises(UserError, match="set data.path") as error:
-        open_source(make_recipe(source="cifar10").data)
-    assert "\n" not in str(error.value)
-
-
-def test_cifar10_from_torchvisions_folder(make_recipe, tmp_path, monkeypatch):
-    """The real reader on a small archive; only the published checksums are replaced by the
-    archive's own.
-    """
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import calculate_md5
-
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), np.uint8)
-    batches = tmp_path / "build" / CIFAR10.base_folder
-    batches.mkdir(parents=True)
-    for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list):
-        (batches / name).write_bytes(
-            pickle.dumps({"data": pixels.reshape(5, -1), "labels": [0, 1, 2, 3, 4]})
-        )
-    (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    archive = tmp_path / "download" / CIFAR10.filename
-    archive.parent.mkdir()
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(batches, CIFAR10.base_folder)
-    recipe = make_recipe(source="cifar10", path=str(archive.parent), image_size=32)
-    with pytest.raises(UserError, match="damaged"):
-        open_source(recipe.data)
-    for attribute in ("train_list", "test_list"):
-        monkeypatch.setattr(
-            CIFAR10,
-            attribute,
-            [[name, calculate_md5(batches / name)] for name, _ in getattr(CIFAR10, attribute)],
-        )
-    monkeypatch.setattr(
-        CIFAR10, "meta", {**CIFAR10.meta, "md5": calculate_md5(batches / "batches.meta")}
-    )
-    monkeypatch.setattr(CIFAR10, "tgz_md5", calculate_md5(archive))
-    splits = open_source(recipe.data)
-    assert [len(splits[name]) for name in ("train", "val")] == [25, 5]
-    assert (
-        np.array_equal(splits["val"].read(3), pixels[3].transpose(1, 2, 0))
-        and splits["val"].labels[3] == 3
-    )
-
-
-@pytest.mark.skipif(
-    not (SHARED / "cifar10.tar").is_file(), reason="needs ../shared/data/cifar10.tar"
-)
-def test_cifar10_tar(make_recipe):
-    splits = open_source(
-        make_recipe(source="cifar10", path=str(SHARED / "cifar10.tar"), image_size=32).data
-    )
-    assert [len(splits[split]) for split in ("train", "val")] == [50_000, 10_000]
-    assert len(splits["train"].classes) == 10 and splits["train"].classes[:2] == (
-        "airplane",
-        "automobile",
-    )
-    assert set(np.bincount(splits["train"].labels)) == {5000} and set(
-        np.bincount(splits["val"].labels)
-    ) == {1000}
-    for index in (0, 9_999, 5_001):
-        image = np.asarray(splits["val"].read(index))
-        assert (
-            image.shape == (32, 32, 3)
-            and splits["val"].labels[index] == index // 1000
-            and image.std() > 5
-        )

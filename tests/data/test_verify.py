@@ -52,11 +52,9 @@ def test_a_whole_folder_passes_by_folder_and_by_recipe(pristine, tmp_path, capsy
     for arguments in ([pristine.data.folder], [path], [path, "data.workers=1"]):
         assert main(["verify", *map(str, arguments)]) == 0
         shown = capsys.readouterr().out.splitlines()
-        assert (
-            len(shown) == 2
-            and "train.beton: 24 images of 2 classes" in shown[0]
-            and "val.beton: 8 images" in shown[1]
-        )
+        assert len(shown) == 2
+        assert "train.beton: 24 images of 2 classes" in shown[0]
+        assert "val.beton: 8 images" in shown[1]
         assert open_manifest(pristine.data.folder).splits["train"].xxh128 in shown[0]
     refused(capsys, [path, "data.jpeg_quality=50"], "data.jpeg_quality 90 (recipe: 50)")
 
@@ -136,10 +134,8 @@ def test_write_modes_and_quality(tmp_path, write_mode, share):
         path = made.data.folder / "train.beton"
         reader = Reader(str(path))
         images, labels = reader.metadata["f0"], reader.metadata["f1"].reshape(-1)
-        assert (
-            np.maximum(images["height"], images["width"]).max() == 64
-            and labels.tolist() == [0] * 20 + [1] * 20
-        )
+        assert np.maximum(images["height"], images["width"]).max() == 64
+        assert labels.tolist() == [0] * 20 + [1] * 20
         as_jpg = images["mode"] == 0
         assert as_jpg.mean() == share if share in (0, 1) else 0.25 < as_jpg.mean() < 0.75
         pages = (
@@ -147,6 +143,7 @@ def test_write_modes_and_quality(tmp_path, write_mode, share):
             (reader.alloc_table["ptr"] + reader.alloc_table["size"] - 1) // reader.page_size,
         )
         # every image lies within one page
-        assert np.array_equal(*pages) and measure(path)[1] == 40
+        assert np.array_equal(*pages)
+        assert measure(path)[1] == 40
         sizes.append(reader.alloc_table["size"][as_jpg].sum())
     assert sizes[1] < sizes[0] or share == 0
