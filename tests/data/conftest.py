@@ -18,7 +18,7 @@ MakeRecipe = Callable[..., Recipe]
 
 @pytest.fixture
 def make_recipe(tmp_path: Path) -> MakeRecipe:
-    """Make a recipe of data settings; its prepared files are in the test's own folder by default."""
+    """Make a recipe of data settings, by default with prepared files in the test's own folder."""
 
     def make(**settings: object) -> Recipe:
         return recipe(**{"prepared": tmp_path / "prepared", **settings})

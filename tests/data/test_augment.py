@@ -1,6 +1,4 @@
-"""Augmentations of decoded images: what each does, and that it depends on nothing but (seed, epoch,
-sample).
-"""
+"""Augmentations of decoded images: their effects, and their independence of the batch."""
 
 from functools import partial
 
@@ -10,7 +8,7 @@ import torch
 from batches import joined, read
 from runs_for_tests import eval_loader, train_loader
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms.v2 import functional
 
 from pipeline.data import augment, sampling
 from pipeline.data.augment import color_jitter, mix, rand_augment, random_erasing
@@ -29,7 +27,7 @@ EVERYTHING = {
 
 
 def pictures(count: int, size: int = 24) -> torch.Tensor:
-    """(count, 3, size, size) as the loader gives them: smooth, uint8, channels last."""
+    """Make smooth images (count, 3, size, size) in the loader's form: uint8, channels last."""
     coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     fine = (
         torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")
@@ -48,7 +46,7 @@ def draws(count: int, seed: int = 0):
     [partial(rand_augment, operations=2, magnitude=9), partial(color_jitter, strength=0.4)],
 )
 def test_an_image_is_changed_alike_alone_and_among_others(function):
-    # sums over so many pixels round, in whatever order they are taken
+    # Sums over so many pixels are rounded, so their order could show.
     images = pictures(64, 260)
     threads = torch.get_num_threads()
     try:
@@ -68,7 +66,7 @@ def test_an_image_is_changed_alike_alone_and_among_others(function):
 def test_rand_augment_does_each_of_torchvisions_operations_equally_often():
     images, library = pictures(1, 24).expand(2800, -1, -1, -1).clone(), v2.RandAugment()
     found = rand_augment(images.clone(), 1, 9, draws(2800))
-    # of one operation on the one picture, with the share of images that it should make
+    # Result of one operation on the picture -> expected share of such images.
     outcomes: dict[bytes, float] = {}
     for name, (magnitudes, signed) in library._AUGMENTATION_SPACE.items():
         scale = magnitudes(31, 24, 24)
@@ -81,7 +79,7 @@ def test_rand_augment_does_each_of_torchvisions_operations_equally_often():
             outcomes[key] = outcomes.get(key, 0) + 1 / 14 / (2 if signed else 1)
     counts = dict.fromkeys(outcomes, 0)
     for image in found:
-        # a KeyError is an outcome that is none of them
+        # A KeyError means that the image is not the result of any operation.
         counts[image.contiguous().numpy().tobytes()] += 1
     for key, share in outcomes.items():
         assert counts[key] == pytest.approx(2800 * share, abs=4 * np.sqrt(2800 * share))
@@ -90,13 +88,17 @@ def test_rand_augment_does_each_of_torchvisions_operations_equally_often():
 def test_color_jitter_is_torchvisions_steps_in_the_drawn_order():
     images, draw = pictures(32), draws(32)
     found = color_jitter(images.clone(), 0.4, draw)
-    steps = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
+    steps = (
+        functional.adjust_brightness,
+        functional.adjust_contrast,
+        functional.adjust_saturation,
+    )
     for number, image in enumerate(images):
         factors = [1 + 0.4 * (2 * draw(augment.JITTER + step)[number] - 1) for step in range(3)]
         for step in np.argsort([draw(augment.JITTER + 3 + step)[number] for step in range(3)]):
             image = steps[step](image, factors[step])
         differences = (found[number].int() - image.int()).abs()
-        # a fused multiplication may round otherwise
+        # A fused multiplication may be rounded differently.
         assert differences.max() <= 3
         assert (differences == 0).float().mean() > 0.95
 
@@ -110,7 +112,7 @@ def test_random_erasing_erases_the_claimed_areas_in_the_claimed_share():
     assert 0.3 < areas.max() < 0.35
     for picture in found[erased][:20, 0] == 0:
         rows, columns = picture.any(1), picture.any(0)
-        # a whole rectangle
+        # The erased pixels fill their bounding box.
         assert picture.sum() == rows.sum() * columns.sum()
 
 
@@ -121,11 +123,11 @@ def test_mixup_mixes_neighbours_and_their_targets_in_the_same_shares():
     mixed, targets = mix(images.clone(), labels, 5, 0.8, 0.0, draws(2000))
     assert (targets.sum(1) - 1).abs().max() < 1e-6
     assert not targets[:, 2:].any()
-    # both keep the same share of their own
+    # Both partners keep the same share of their own image.
     assert torch.equal(targets[::2, 0], targets[1::2, 1])
     assert (mixed.float() - 200 * targets[:, 1].view(-1, 1, 1, 1)).abs().max() <= 0.501
     share = targets[::2, 0].double()
-    # of Beta(.8, .8)
+    # Mean and variance are those of Beta(0.8, 0.8).
     assert share.mean() == pytest.approx(0.5, abs=0.04)
     assert share.var() == pytest.approx(1 / 4 / 2.6, rel=0.1)
 
@@ -158,7 +160,7 @@ def test_all_together_depend_on_neither_world_size_nor_threads_nor_restarts(digi
     assert whole[0].targets.shape == (64, 10)
     for size, micro in ((2, 32), (4, 8)):
         loaders = [train_loader(recipe, World(rank, rank, size), micro) for rank in range(size)]
-        # and from the fifth update on
+        # Loading continues from the fifth update on.
         parts = [read(loader, 3, start=5 * 64 // micro // size) for loader in loaders]
         for update, batch in enumerate(whole[5:]):
             micros = 64 // micro // size

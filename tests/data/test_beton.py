@@ -1,4 +1,4 @@
-"""The format as it is written down here is FFCV's."""
+"""The .beton format in ``pipeline.data.beton``, compared with FFCV's own."""
 
 import ffcv.types
 import numpy as np
@@ -12,10 +12,10 @@ from pipeline.data import beton
 
 def test_the_types_are_ffcvs():
     fields = [RGBImageField(), IntField()]
-    assert beton.HEADER == ffcv.types.HeaderType
-    assert beton.FIELD == ffcv.types.FieldDescType
+    assert ffcv.types.HeaderType == beton.HEADER
+    assert ffcv.types.FieldDescType == beton.FIELD
     assert beton.ADDRESS == ffcv.types.ALLOC_TABLE_TYPE
-    assert beton.SAMPLE == ffcv.types.get_metadata_type(fields)
+    assert ffcv.types.get_metadata_type(fields) == beton.SAMPLE
     assert beton.FORMAT_VERSION == ffcv.types.CURRENT_VERSION
     assert dict(IMAGE_MODES) == beton.IMAGE_MODES
     known = {kind: number for number, kind in ffcv.types.TYPE_ID_HANDLER.items()}

@@ -1,6 +1,4 @@
-"""Loading: exact pixels, every image exactly once, and an order and augmentation that nothing but
-(seed, epoch) changes.
-"""
+"""Loading: exact pixels, every image exactly once, and a reproducible order and augmentation."""
 
 import os
 import shutil
@@ -38,7 +36,7 @@ def test_digits_come_back_pixel_by_pixel(digits, make_recipe):
             torch.int64,
         ]
         assert batches[0].targets is None
-        # kept until the end, so they are not views of buffers in use
+        # All batches are kept until here, so they cannot be views of buffers in use.
         for batch in batches:
             for image, label, index in zip(*batch[:3], strict=True):
                 pixels, wanted = stored(source, int(index), recipe.data), source.labels[index]
@@ -68,7 +66,7 @@ def test_restart_and_second_worker_change_nothing(digits, make_recipe, augmented
 
 def test_world_sizes_see_the_same_global_batches(digits, make_recipe, augmented):
     recipe = make_recipe(prepared=digits, **AUGMENTED)
-    # two micro batches of 2 x 16 per update
+    # An update has two micro batches of 2 x 16 images.
     loaders = [train_loader(recipe, World(rank, rank, 2), 16) for rank in range(2)]
     assert [loader.batches_per_epoch for loader in loaders] == [44, 44]
     assert augmented[0].batches_per_epoch == 22
@@ -146,7 +144,7 @@ def test_evaluation_shows_the_centre_of_photos(photos, make_recipe):
             expected = torch.nn.functional.interpolate(
                 centre, (48, 48), mode="area" if side >= 48 else "bilinear"
             )[0]
-            # JPEG, and another interpolation
+            # JPEG and another interpolation change some pixels.
             assert (image - expected).abs().mean() < 4
 
 
@@ -157,7 +155,7 @@ def test_damaged_jpeg_is_reported(photos, make_recipe, tmp_path):
     loader = eval_loader(recipe, World(), 4)
     with pytest.raises(UserError, match="image 7 cannot be decoded"):
         read(loader)
-    # and the loader is of use again, for the images that are whole
+    # The loader can be used again for the images that are whole.
     with loader.epoch(0) as batches:
         assert next(batches).indices.tolist() == [0, 1, 2, 3]
 

@@ -1,4 +1,4 @@
-"""Some hundred mutated files; `make fuzz` reads 2,000."""
+"""A small fuzz campaign of 304 mutated files; `make fuzz` reads 2,000."""
 
 import os
 import subprocess
@@ -9,9 +9,7 @@ FUZZ = Path(__file__).with_name("fuzz.py")
 
 
 def test_mutated_files_never_hang_crash_or_pass_unnoticed():
-    """In a process of its own: it forks, which does not go with the threads that other tests have
-    left.
-    """
+    """The campaign has a process of its own, as it forks and other tests leave threads behind."""
     paths = os.pathsep.join(map(str, (FUZZ.parents[2], FUZZ.parent)))
     command = [sys.executable, FUZZ, "--files", "304", "--seed", "1"]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Images of every kind are converted or named; nothing waits."""
+"""Images of every kind: converted, or refused with the reason, and never waited for."""
 
 import io
 import os
@@ -29,7 +29,7 @@ def encoded(image, format, **options) -> bytes:
 
 def turned() -> bytes:
     exif = Image.Exif()
-    # shown after a quarter turn clockwise
+    # Orientation 6: shown after a quarter turn clockwise.
     exif[0x0112] = 6
     return encoded(COLOUR, "JPEG", exif=exif, quality=95)
 
@@ -92,7 +92,7 @@ def test_converted_to_upright_rgb(content, expected, tolerance):
 
 
 def bomb(side: int) -> bytes:
-    """A PNG of side x side white pixels, one bit each."""
+    """Return a PNG of side x side white pixels with one bit each."""
     return encoded(Image.new("1", (side, side), 1), "PNG")
 
 
@@ -133,8 +133,14 @@ def test_only_regular_files_are_read(tmp_path):
     (tmp_path / "loop.png").symlink_to("loop.png")
     (tmp_path / "sparse.png").touch()
     os.truncate(tmp_path / "sparse.png", 1 << 40)
-    for name in ("pipe", "folder", "loop", "sparse", "none"):
-        with pytest.raises(OSError):
+    for name, reason in {
+        "pipe": "is not a regular file",
+        "folder": "Is a directory",
+        "loop": "Too many levels of symbolic links",
+        "sparse": "more than the",
+        "none": "No such file",
+    }.items():
+        with pytest.raises(OSError, match=reason):
             read_file(tmp_path / f"{name}.png")
 
 
@@ -151,9 +157,7 @@ def test_names_of_images():
 
 @pytest.fixture
 def faulty_folder(tmp_path):
-    """12 + 2 images, of which the 6 first of class cat in train cannot be read: one for each
-    reason.
-    """
+    """Write 12 + 2 images; the 6 training images of class cat are broken, each in another way."""
     root = tmp_path / "source"
     write_images(root, train=6, val=1)
     cat = root / "train/cat"

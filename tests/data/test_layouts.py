@@ -18,9 +18,7 @@ def wnids():
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
-    """A folder with one training image of each of the 1,000 classes, in reverse order, and two of
-    val.
-    """
+    """Make a folder with a training image of each of the 1,000 classes and two images of val."""
     root = tmp_path_factory.mktemp("imagenet")
     write(
         root,
@@ -43,7 +41,7 @@ def test_imagenet_has_the_official_order_and_names(imagenet, make_recipe):
     assert all(shade(train, index) == index % 256 for index in (0, 99, 999))
     assert val.labels.tolist() == [7, 150]
     assert shade(val, 1) == 150
-    # as in the list of the challenge, https://image-net.org/challenges/LSVRC/2012/browse-synsets
+    # From the challenge's list, https://image-net.org/challenges/LSVRC/2012/browse-synsets.
     known = {
         0: "tench",
         1: "goldfish",
@@ -54,7 +52,7 @@ def test_imagenet_has_the_official_order_and_names(imagenet, make_recipe):
     }
     assert {number: train.classes[number] for number in known} == known
     assert len(set(train.classes)) == 1000
-    # the bird and the machine
+    # The bird and the machine.
     assert train.classes[134] == "crane (n02012849)"
     assert train.classes[517] == "crane (n03126707)"
 
@@ -149,7 +147,7 @@ def test_csv_with_and_without_split(make_recipe, tmp_path):
     splits = open_source(make_recipe(source="csv", path=str(table)).data)
     assert splits["train"].classes == ("10", "11")
     assert len(splits["train"]) == 18
-    # the tenth of each class
+    # The tenth image of each class.
     assert [shade(splits["val"], index) for index in range(2)] == [18, 19]
 
 

@@ -1,66 +1,24 @@
-"""Preparing data: everything is written exactly, or nothing is there and one line says why,
-whatever dies.
-"""
+"""Preparing data: all is written exactly, or nothing is left and one line gives the reason."""
 
 import os
-import signal
 import socket
 import time
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from faulty_source import faulty_source, one_line, remains
 from runs_for_tests import train_loader
 from small_data import write_images
 
 from pipeline.data import encode
 from pipeline.data.beton import measure
 from pipeline.data.prepare import open_manifest, prepare
-from pipeline.data.sources import SOURCES, Source, Split, open_source
+from pipeline.data.sources import SOURCES, open_source
 from pipeline.distributed import World, process_group
 from pipeline.errors import UserError
-
-
-@dataclass(frozen=True)
-class Faulty(Split):
-    """Grey squares; the process that reads number ``deadly`` is killed, or every read takes
-    ``seconds``.
-    """
-
-    deadly: int = -1
-    seconds: float = 0.0
-
-    def read(self, index):
-        if index == self.deadly:
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(self.seconds)
-        return Image.new("RGB", (16, 16), (index % 256, 0, 0))
-
-    def describe(self, index):
-        return f"square {index}"
-
-
-def faulty_source(count=100, **faults):
-    return Source(
-        lambda data: {
-            name: Faulty(("a",), np.zeros(count, np.int64), True, **faults)
-            for name in ("train", "val")
-        }
-    )
-
-
-def one_line(error) -> str:
-    assert isinstance(error.value, UserError)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def remains(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
 def test_a_mistake_of_our_own_is_not_a_broken_image(make_recipe, monkeypatch, capfd):
@@ -148,7 +106,7 @@ def test_a_killed_writer_leaves_nothing_that_loads_and_no_process(make_recipe, m
         measure(temporary)
     with pytest.raises(UserError, match="coda prepare"):
         train_loader(recipe, World(), 64)
-    # they end with their parent, not when their images are done
+    # The writer processes end with their parent, not when their images are done.
     while any(running(worker) for worker in workers):
         time.sleep(0.05)
 
@@ -186,7 +144,7 @@ def cut(path: Path) -> None:
 
 
 def unfinish(path: Path) -> None:
-    # the address of the allocation table is 0 until FFCV's writer is done
+    # The address of the last table is 0 until the file is whole.
     with open(path, "r+b") as file:
         file.seek(16)
         file.write(bytes(8))
@@ -234,7 +192,7 @@ def test_prepare_repairs_a_damaged_folder(copied):
 
 
 def prepare_as_rank(rank: int, port: int, recipes, results) -> None:
-    # OpenMP's threads do not survive a fork
+    # OpenMP's threads do not survive a fork.
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank),

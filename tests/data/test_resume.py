@@ -1,4 +1,4 @@
-"""A writer that is stopped continues where it was; the files are then the same, byte for byte."""
+"""Interrupted writers: they continue, and the files are the same, byte for byte."""
 
 import errno
 import os
@@ -8,8 +8,8 @@ import time
 from multiprocessing import get_context
 
 import pytest
+from faulty_source import faulty_source, one_line, remains
 from ffcv.reader import Reader
-from test_prepare import faulty_source, one_line, remains
 
 from pipeline.data import chunk_writer
 from pipeline.data.beton import MIN_PAGE
@@ -19,8 +19,8 @@ from pipeline.data.prepare import prepare
 from pipeline.data.sources import SOURCES, Source
 from pipeline.errors import UserError
 
-# images of each split, in chunks of 5
 COUNT = 60
+"""Images of each split, which are written in chunks of 5."""
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -29,7 +29,7 @@ def contents(folder) -> dict[str, bytes]:
 
 @pytest.fixture
 def reference(make_recipe, monkeypatch, tmp_path):
-    """What one process writes without a stop."""
+    """Return the files that one process writes without interruption."""
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT))
     recipe = make_recipe(source="squares", chunk_size=5, workers=1, prepared=tmp_path / "reference")
     prepare(recipe)
@@ -42,15 +42,13 @@ def recipe(make_recipe):
 
 
 def finished(recipe, name="train") -> int:
-    """Chunks that the journal in the recipe's folder holds."""
+    """Return the number of chunks in the journal in the recipe's folder."""
     path = recipe.data.folder / f"{name}.beton.tmp.journal"
     return max(len(path.read_bytes().splitlines()) - 1, 0) if path.is_file() else 0
 
 
 def prepare_in_foreground(recipe):
-    """As from a terminal; what a shell starts in the background ignores SIGINT, and so do its
-    children.
-    """
+    """Prepare as from a terminal: a process in the background may ignore SIGINT."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare(recipe)
 
@@ -73,14 +71,14 @@ def test_a_stopped_writer_continues(reference, recipe, monkeypatch, number, capl
     read = get_context("fork").Value("i", 0)
     monkeypatch.setitem(SOURCES, "squares", counting(read))
     prepare(recipe)
-    # nothing is read twice
+    # No image is read twice.
     assert read.value == 2 * COUNT - 5 * done
     assert f"continues after {5 * done} images" in caplog.text
     assert contents(recipe.data.folder) == reference
 
 
 def counting(read):
-    """The source, counting how many images are read in all processes."""
+    """Return the source, which counts in ``read`` the images that all processes read."""
     splits = faulty_source(COUNT).open(None)
     kind = type(splits["train"])
 
@@ -144,7 +142,7 @@ def test_a_damaged_journal_counts_up_to_its_damage(recipe, reference, monkeypatc
     assert len(lines) >= 6
     whole = journal.read_bytes()
     for damaged, chunks in (
-        # a line is cut off
+        # A line is cut off.
         (whole[:-7], len(lines) - 2),
         (b"".join([*lines[:3], b"\0" * 100 + b"\n", *lines[4:]]), 2),
         (b"".join(lines[:2]) + lines[2].replace(b'"end": ', b'"end": 9'), 1),
@@ -158,7 +156,7 @@ def test_a_damaged_journal_counts_up_to_its_damage(recipe, reference, monkeypatc
     found = ChunkJournal(data, identity).chunks
     size = data.stat().st_size
     os.truncate(data, found[2].end - 1)
-    # the file does not hold the third
+    # The file does not hold the third chunk any more.
     assert len(ChunkJournal(data, identity).chunks) == 2
     os.truncate(data, size)
     journal.write_bytes(b"".join(lines[:3]) + lines[3][:50])
@@ -174,7 +172,7 @@ def test_bytes_that_the_disk_has_changed_are_found(recipe, reference, monkeypatc
         prepare(recipe)
     data = recipe.data.folder / "train.beton.tmp"
     with open(data, "r+b") as file:
-        # of the first image
+        # Damage the first image.
         file.seek(MIN_PAGE)
         file.write(b"\xff")
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT))
@@ -198,15 +196,13 @@ def test_chunks_and_processes_do_not_change_a_byte(make_recipe, monkeypatch, tmp
         found.append(contents(recipe.data.folder))
     assert found[0] == found[1] == found[2]
     modes = Reader(str(recipe.data.folder / "train.beton")).metadata["f0"]["mode"]
-    # half of them raw
+    # About half of the images are raw.
     assert 0.3 < modes.mean() < 0.7
 
 
 @pytest.mark.timeout(60)
 def test_a_full_disk_is_one_line_and_writing_continues(make_recipe, monkeypatch, tmp_path):
-    """A limit of the file's size stands for the disk: the same error of the same call, in another
-    number.
-    """
+    """A limit of the file's size replaces the disk: the same call fails with another number."""
     monkeypatch.setitem(SOURCES, "squares", faulty_source(COUNT))
     monkeypatch.setattr(chunk_writer, "SYNC_SECONDS", 0)
     settings = {"source": "squares", "chunk_size": 5, "workers": 2, "image_size": 224}
@@ -218,7 +214,7 @@ def test_a_full_disk_is_one_line_and_writing_continues(make_recipe, monkeypatch,
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (MIN_PAGE + 30 * 224 * 224 * 3, before[1]))
     try:
-        with pytest.raises(OSError, match="File too large.*the same command continues") as error:
+        with pytest.raises(OSError, match=r"File too large.*the same command continues") as error:
             prepare(recipe)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -230,9 +226,7 @@ def test_a_full_disk_is_one_line_and_writing_continues(make_recipe, monkeypatch,
 
 
 def peak(recipes, results) -> None:
-    """Puts the highest memory in KiB of this process and of its writers so far, after each of the
-    ``recipes``.
-    """
+    """Put the peak memory of this process and its writers in KiB, after each of the ``recipes``."""
     for recipe in recipes:
         prepare(recipe)
         results.put(
@@ -245,7 +239,7 @@ def peak(recipes, results) -> None:
 
 @pytest.mark.timeout(120)
 def test_memory_does_not_grow_with_the_data(make_recipe, monkeypatch, tmp_path):
-    """Ten times the images, 180 MB more on the disk: not 20 MB more in memory."""
+    """Ten times the images take 180 MB more on the disk, but not 20 MB more in memory."""
     for name, count in (("few", 200), ("many", 2000)):
         monkeypatch.setitem(SOURCES, name, faulty_source(count))
     recipes = [

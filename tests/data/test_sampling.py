@@ -1,6 +1,4 @@
-"""Augmentation is a pure function of (seed, epoch, sample index), and has the distribution it
-claims.
-"""
+"""Random numbers, moves and boxes: pure functions with the distributions that they claim."""
 
 import numpy as np
 import pytest
@@ -14,8 +12,10 @@ INDICES = np.arange(20_000)
 
 
 def obvious_twin(image: torch.Tensor, mirrored: bool, down: int, right: int) -> torch.Tensor:
-    """The pixel of (row, column) comes from (row + down, column + right) of the (mirrored) image,
-    or is 0, one by one.
+    """Move an image pixel by pixel.
+
+    The pixel at (row, column) comes from (row + down, column + right) of the image, which is
+    mirrored first if ``mirrored``; outside of it, it is 0.
     """
     size = image.shape[-1]
     result = torch.zeros_like(image)
@@ -48,12 +48,12 @@ def test_flip_and_shift_are_the_obvious_ones(digits, make_recipe):
 
 def test_flip_is_fair_and_shift_is_uniform():
     mirrored, down, right = sampling.moves(0, 0, INDICES, True, 4).T
-    # four standard deviations
+    # Within four standard deviations.
     assert abs(mirrored.mean() - 0.5) < 4 * 0.5 / np.sqrt(len(INDICES))
-    # all 9 x 9 places
+    # All 9 x 9 shifts are equally likely:
     counts = np.bincount(((down + 4) * 9 + right + 4).astype(int), minlength=81)
     expected = len(INDICES) / 81
-    # chi square, 80 degrees of freedom, p = 0.001
+    # chi square with 80 degrees of freedom, p = 0.001.
     assert len(counts) == 81
     assert ((counts - expected) ** 2 / expected).sum() < 124.9
     assert not sampling.moves(0, 0, INDICES, False, 0).any()
@@ -71,7 +71,7 @@ def test_draws_of_other_seeds_epochs_and_streams_are_unrelated(other):
         sampling.uniform(seed, epoch, INDICES, stream),
     )
     assert abs(np.corrcoef(first, second)[0, 1]) < 4 / np.sqrt(len(INDICES))
-    # nor are neighbouring samples
+    # Neighbouring samples are unrelated, too.
     assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 4 / np.sqrt(len(INDICES))
 
 
@@ -93,7 +93,7 @@ def test_random_boxes_are_inside_and_cover_the_claimed_areas():
     assert area.max() > 0.9
     assert 0.73 < aspect.min() < 0.77
     assert 1.3 < aspect.max() < 1.36
-    # as often wide as high
+    # Boxes are wide as often as high.
     assert abs(np.log(aspect).mean()) < 0.01
 
 

@@ -64,16 +64,16 @@ def test_stored_size_of_large_long_and_small_images(make_recipe, tmp_path):
     Image.new("RGB", (20, 10)).save(tmp_path / "train/dog/0.png")
     data = make_recipe(source="imagefolder", path=str(tmp_path), image_size=56).data
     shapes = [stored(open_source(data)["train"], index, data).shape for index in range(3)]
-    # shorter side 64 = 56 * 256 / 224, aspect at most 2, never enlarged
+    # The shorter side is 64 = 56 * 256 / 224, the aspect at most 2, and nothing is enlarged.
     assert shapes == [(64, 85, 3), (64, 128, 3), (10, 20, 3)]
     data = replace(data, max_resolution=100)
     shapes = [stored(open_source(data)["train"], index, data).shape for index in range(3)]
-    # longer side 100, nothing cropped
+    # The longer side is 100, and nothing is cropped.
     assert shapes == [(75, 100, 3), (10, 100, 3), (10, 20, 3)]
 
 
 def test_max_resolution_is_refused_where_it_would_do_nothing(make_recipe):
-    with pytest.raises(UserError, match="digits is stored at data.image_size; remove it"):
+    with pytest.raises(UserError, match=r"digits is stored at data\.image_size; remove it"):
         open_source(make_recipe(max_resolution=100).data)
 
 
@@ -103,10 +103,10 @@ def test_truncated_or_compressed_tar_is_refused(make_recipe, tmp_path):
     content = tar.read_bytes()
     with tarfile.open(tar) as archive:
         last = archive.getmembers()[-1]
-    # where nothing tells tarfile that something is missing, and within a member
+    # Cut before a member, which tarfile does not notice, and within a member.
     for cut in (last.offset, last.offset_data + 1):
         tar.write_bytes(content[:cut])
-        with pytest.raises(UserError, match="cut off|cannot be read"):
+        with pytest.raises(UserError, match=r"cut off|cannot be read"):
             open_source(recipe.data)
     with tarfile.open(tar, "w:gz") as archive:
         archive.add(tmp_path / "source", ".")
@@ -137,7 +137,7 @@ def test_every_kind_of_image_becomes_upright_rgb(make_recipe, tmp_path):
         "RGB", [grey, grey.point(lambda v: 255 - v), Image.new("L", grey.size, 60)]
     )
     exif = Image.Exif()
-    # shown after a quarter turn clockwise
+    # Orientation 6: shown after a quarter turn clockwise.
     exif[0x0112] = 6
     target = tmp_path / "train/cat"
     grey.save(target / "1_grey.png")
@@ -156,8 +156,9 @@ def test_every_kind_of_image_becomes_upright_rgb(make_recipe, tmp_path):
     )
     for index, expected in enumerate(wanted, start=1):
         image = np.asarray(split.read(index))
-        assert (
-            image.shape == expected.shape and image.dtype == np.uint8 and split.labels[index] == 0
-        ), split.describe(index)
-        tolerance = 12 if "palette" in split.describe(index) else 1
-        assert np.abs(image.astype(int) - expected).max() <= tolerance, split.describe(index)
+        name = split.describe(index)
+        assert image.shape == expected.shape, name
+        assert image.dtype == np.uint8, name
+        assert split.labels[index] == 0, name
+        tolerance = 12 if "palette" in name else 1
+        assert np.abs(image.astype(int) - expected).max() <= tolerance, name

@@ -1,4 +1,4 @@
-"""Staging to the node's disk, shuffling by pages, and the estimate of memory."""
+"""Copies on the node's disk, shuffling by pages, and the estimate of memory."""
 
 import multiprocessing
 import os
@@ -11,7 +11,7 @@ import torch
 from batches import read
 from runs_for_tests import eval_loader, train_loader
 
-from pipeline.data import memory, sampling, staging
+from pipeline.data import loaders, memory, sampling, staging
 from pipeline.data.manifest import open_manifest
 from pipeline.data.prepared import open_prepared
 from pipeline.data.stored_images import StoredImages
@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 
 @pytest.fixture
 def staged(digits, make_recipe, tmp_path, monkeypatch):
-    """A recipe that reads from a copy below a folder that an environment variable names."""
+    """Make a recipe that reads from a copy; an environment variable names its folder."""
     monkeypatch.setenv("JOB_DISK", str(tmp_path / "disk"))
     return make_recipe(prepared=digits, storage="stage_local", scratch="$JOB_DISK/data")
 
@@ -100,20 +100,18 @@ def test_a_disk_without_room_or_name_is_refused(digits, make_recipe, staged, mon
 def test_impossible_combinations_are_refused_with_the_reason(digits, make_recipe):
     with pytest.raises(
         UserError,
-        match="data.scratch is '/tmp'; it must be null, as data.storage is not stage_local",
+        match=r"data\.scratch is '/tmp'; it must be null, as data\.storage is not stage_local",
     ):
         make_recipe(scratch="/tmp")
+    paged = make_recipe(prepared=digits, shuffle_pages=1, global_batch_size=1438)
     with pytest.raises(
-        UserError, match="hold some 1437 images, fewer than training.global_batch_size 1438"
+        UserError, match=r"hold some 1437 images, fewer than training\.global_batch_size 1438"
     ):
-        paged = make_recipe(prepared=digits, shuffle_pages=1, global_batch_size=1438)
-        from pipeline.data import loaders
-
         loaders._shuffle(paged, paged.data.folder / "train.beton", 1437)
 
 
 def test_page_order_visits_all_and_holds_a_window_at_a_time():
-    # 100 pages of 100 samples
+    # 100 pages of 100 samples each.
     pages = np.random.default_rng(0).permutation(np.arange(10_000) // 100)
     orders = [sampling.page_permutation(0, epoch, pages, 8) for epoch in (0, 0, 1)]
     assert np.array_equal(orders[0], orders[1])
@@ -122,7 +120,7 @@ def test_page_order_visits_all_and_holds_a_window_at_a_time():
         assert np.array_equal(np.sort(order), np.arange(10_000))
         windows = pages[order][:9600].reshape(12, 800)
         assert all(len(np.unique(window)) == 8 for window in windows)
-        # and they are mixed within
+        # The samples of a window are mixed.
         assert all(len(np.unique(window[:100])) == 8 for window in windows)
 
 
@@ -141,7 +139,7 @@ def test_estimate_is_of_what_is_allocated(photos, make_recipe):
         int((loader._stored.heights * loader._stored.widths).max()) * 3
         for loader in [eval_loader(recipe, World(), 4)]
     )
-    # 4 ahead and one with the consumer, for training and evaluation
+    # 4 batches ahead and one with the consumer, for training and evaluation.
     batches = 5 * (100 + 128) * 48 * 48 * 3
     assert batches + 2 * largest < needed.per_process < batches + 4 * 300 * 300 * 3
     assert needed.processes == 3
@@ -163,7 +161,8 @@ def test_too_little_memory_is_refused_before_anything_is_allocated(
     monkeypatch.setattr(memory, "available_bytes", lambda: 2 << 20)
     with pytest.raises(
         UserError,
-        match=r"node .*: loading needs .* 0\.00 GB of memory are available; lower training.micro_batch_size",
+        match=r"node .*: loading needs .* 0\.00 GB of memory are available; "
+        r"lower training\.micro_batch_size",
     ):
         memory.check_memory(recipe, open_prepared(recipe.data), World(), 2048)
     memory.check_memory(recipe, open_prepared(recipe.data), World(), 64)
@@ -174,7 +173,7 @@ def test_limits_of_control_groups_count(tmp_path):
     files = {
         "proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n",
         "proc/self/cgroup": "4:cpu,memory:/slurm/job\n0::/job/step\n",
-        # the step itself has no limit
+        # The step itself has no limit.
         "sys/fs/cgroup/job/memory.max": "5000000\n",
         "sys/fs/cgroup/job/memory.current": "3000000\n",
         "sys/fs/cgroup/job/memory.stat": "anon 7\ninactive_file 1000000\n",

@@ -17,7 +17,7 @@ SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
 
 
 def idx(array) -> bytes:
-    """The file format of MNIST."""
+    """Encode an array in the file format of MNIST."""
     return (
         struct.pack(">HBB", 0, 8, array.ndim)
         + struct.pack(f">{array.ndim}I", *array.shape)
@@ -88,15 +88,13 @@ def test_failed_cifar10_download_tells_the_remedy(make_recipe, monkeypatch):
     from torchvision.datasets import CIFAR10
 
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
-    with pytest.raises(UserError, match="set data.path") as error:
+    with pytest.raises(UserError, match=r"set data\.path") as error:
         open_source(make_recipe(source="cifar10").data)
     assert "\n" not in str(error.value)
 
 
 def test_cifar10_from_torchvisions_folder(make_recipe, tmp_path, monkeypatch):
-    """The real reader on a small archive; only the published checksums are replaced by the
-    archive's own.
-    """
+    """A small archive is read by torchvision; its checksums replace the published ones."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import calculate_md5
 

@@ -1,4 +1,4 @@
-"""`coda verify`: whole files pass, and any damaged byte is one line and exit code 2."""
+"""The command `coda verify`: whole files pass, and any damaged byte is a mistake (exit code 2)."""
 
 import json
 
@@ -82,7 +82,7 @@ def test_every_kind_of_damaged_byte_is_found(folder, capsys):
 
 
 def test_damage_that_the_manifest_does_not_know_is_found_by_decoding(folder, capsys):
-    """As in files that an earlier version has prepared: without a hash of the whole file."""
+    """Files that an earlier version prepared have no hash of the whole file."""
     path, manifest = folder / "val.beton", folder / "manifest.json"
     tree = json.loads(manifest.read_text())
     for split in tree["splits"].values():
@@ -105,16 +105,14 @@ def test_counts_must_be_those_of_the_manifest(folder, capsys):
     refused(capsys, [folder], "images per class")
 
 
-def test_what_is_no_prepared_folder_is_refused(tmp_path, capsys):
+def test_a_folder_that_is_not_a_prepared_one_is_refused(tmp_path, capsys):
     refused(capsys, [tmp_path], "manifest.json", "coda prepare")
     refused(capsys, [tmp_path / "none.yaml"], "none.yaml")
 
 
 @pytest.mark.parametrize(("write_mode", "share"), [("raw", 0.0), ("jpg", 1.0), ("proportion", 0.5)])
 def test_write_modes_and_quality(tmp_path, write_mode, share):
-    """What FFCV's reader finds is what its own field would have stored; a lower quality takes fewer
-    bytes.
-    """
+    """FFCV's reader finds the modes and sizes, and a lower quality takes fewer bytes."""
     write_images(tmp_path / "source", train=20, val=1)
     sizes = []
     for quality in (90, 30):
@@ -142,7 +140,7 @@ def test_write_modes_and_quality(tmp_path, write_mode, share):
             reader.alloc_table["ptr"] // reader.page_size,
             (reader.alloc_table["ptr"] + reader.alloc_table["size"] - 1) // reader.page_size,
         )
-        # every image lies within one page
+        # Every image lies within one page.
         assert np.array_equal(*pages)
         assert measure(path)[1] == 40
         sizes.append(reader.alloc_table["size"][as_jpg].sum())

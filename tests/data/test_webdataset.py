@@ -11,7 +11,7 @@ from pipeline.data.sources import open_source
 
 
 def shard(path, samples, *extra) -> None:
-    """Samples are {ending: content} by key."""
+    """Write a shard of samples: key -> {ending: content}."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for key, parts in samples.items():
