@@ -1,11 +1,10 @@
-"""Writing speed against its limit: ``python -m benchmarks.data_write [--shared FOLDER]``.
+"""Writing speed against its limits: ``python -m benchmarks.data_write [--shared FOLDER]``.
 
-The limit is what as many processes reach that decode and resize the same images and write nothing;
-another one is of processes that encode them as JPEG, too, with FFCV's encoder as all of them. The
-images are the originals of ``imagenet_sample.tar``, each listed several times, so that the fixed
-costs of a file count as in a large data set. FFCV's own writer, given the same decoded images,
-stands beside it. Medians of interleaved rounds; writing includes indexing, tables, hashes and
-fsync.
+One limit is the speed of as many processes that only decode and resize the same images; another is
+that of processes that also encode them as JPEG, with FFCV's encoder. FFCV's own writer is measured,
+too, on the same decoded images. The images are the originals of ``imagenet_sample.tar``, each
+listed several times, so that the fixed costs of a file weigh as little as in a large data set.
+Results are medians of interleaved rounds; writing includes indexing, tables, hashes and fsync.
 """
 
 import argparse
@@ -18,7 +17,9 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from ffcv.fields import IntField, RGBImageField
 from ffcv.fields.rgb_image import encode_jpeg
 from ffcv.writer import DatasetWriter
@@ -33,7 +34,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 def recipe_of(table: Path, prepared: Path, resolution: int, workers: int) -> Recipe:
-    """Originals stored as JPEG, the longer side at most ``resolution`` pixels."""
+    """Make a recipe that stores images as JPEG, with a longer side of at most ``resolution``."""
     data = {
         "source": "csv",
         "path": str(table),
@@ -49,7 +50,7 @@ def recipe_of(table: Path, prepared: Path, resolution: int, workers: int) -> Rec
 
 
 def unpack(tar: Path, folder: Path, repeats: int) -> Path:
-    """A CSV that lists every image of ``tar`` ``repeats`` times as train and ten of them as val."""
+    """Write a CSV that lists every image of ``tar`` ``repeats`` times as train and ten as val."""
     with tarfile.open(tar) as archive:
         archive.extractall(folder, filter="data")
     paths = sorted(folder.rglob("*.JPEG"))
@@ -64,8 +65,9 @@ def unpack(tar: Path, folder: Path, repeats: int) -> Path:
 
 
 def limit(split: Split, data: DataRecipe, encode: bool) -> float:
-    """Seconds in which ``data.workers`` processes decode and resize all images, and encode them if
-    ``encode``.
+    """Return the seconds in which ``data.workers`` processes decode and resize all images.
+
+    They also encode them if ``encode``.
     """
     counter = FORK.Value(ctypes.c_int64, 0)
     begin = time.perf_counter()
@@ -81,7 +83,8 @@ def limit(split: Split, data: DataRecipe, encode: bool) -> float:
     return time.perf_counter() - begin
 
 
-def _decode(split: Split, data: DataRecipe, counter, encode: bool) -> None:
+def _decode(split: Split, data: DataRecipe, counter: Any, encode: bool) -> None:
+    """Take chunks of images until none is left."""
     while True:
         with counter.get_lock():
             begin = counter.value
@@ -95,7 +98,7 @@ def _decode(split: Split, data: DataRecipe, counter, encode: bool) -> None:
 
 
 def ours(recipe: Recipe) -> float:
-    """Seconds of `coda prepare`."""
+    """Return the seconds of `coda prepare`."""
     shutil.rmtree(recipe.data.folder, ignore_errors=True)
     begin = time.perf_counter()
     prepare(recipe)
@@ -103,7 +106,7 @@ def ours(recipe: Recipe) -> float:
 
 
 class _Indexed:
-    """A split as FFCV's writer wants it."""
+    """A split with the interface that FFCV's writer needs."""
 
     def __init__(self, split: Split, data: DataRecipe):
         self.split, self.data = split, data
@@ -111,14 +114,13 @@ class _Indexed:
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, index: int):
-        return fit(self.split.read(index), self.data, self.split.fixed_size), int(
-            self.split.labels[index]
-        )
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        pixels = fit(self.split.read(index), self.data, self.split.fixed_size)
+        return pixels, int(self.split.labels[index])
 
 
 def ffcv(split: Split, data: DataRecipe, path: Path) -> float:
-    """Seconds of FFCV's writer."""
+    """Return the seconds of FFCV's writer."""
     fields = {
         "image": RGBImageField(write_mode="jpg", jpeg_quality=data.jpeg_quality),
         "label": IntField(),
@@ -131,6 +133,7 @@ def ffcv(split: Split, data: DataRecipe, path: Path) -> float:
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--shared", type=Path, default=Path("../shared/data"), help="folder of imagenet_sample.tar"
@@ -141,7 +144,8 @@ def main() -> None:
     parser.add_argument("--resolutions", type=int, nargs="+", default=[500, 256])
     options = parser.parse_args()
     print(
-        "| stored as JPEG up to | decoding alone, images/s | and encoding | coda prepare | FFCV's writer | prepare / decoding | / both |"
+        "| stored as JPEG up to | decoding alone, images/s | and encoding | coda prepare "
+        "| FFCV's writer | prepare / decoding | / both |"
     )
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
@@ -160,10 +164,15 @@ def main() -> None:
                 f"{len(split) / statistics.median(times):.0f}" for times in seconds.values()
             )
             ratios = " | ".join(
-                f"{statistics.median(bound / whole for bound, whole in zip(seconds[name], seconds['coda'], strict=True)):.2f}"
+                f"{median_ratio(seconds[name], seconds['coda']):.2f}"
                 for name in ("decode", "encode")
             )
             print(f"| {resolution} px | {speeds} | {ratios} |", flush=True)
+
+
+def median_ratio(numerators: list[float], denominators: list[float]) -> float:
+    """Return the median of the ratios of the rounds."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 if __name__ == "__main__":

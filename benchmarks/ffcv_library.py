@@ -1,10 +1,10 @@
-"""FFCV's library as set-up builds it, beside the one compiled against this system's OpenCV and
-libjpeg-turbo: same bytes, and how fast.
+"""FFCV's library as the set-up builds it, against one built with this system's libraries.
 
     python -m benchmarks.ffcv_library FOLDER|TAR [--images 400]
 
-Photographs are decoded whole, and crops of them resized as a training does, by both libraries in
-turn, in one thread. Needs a compiler, libopencv-dev and libturbojpeg0-dev for the peer.
+The results of both are compared byte by byte, and their speeds. Photographs are decoded whole, and
+crops of them are resized as a training run does it, by both libraries in turn, in one thread. The
+peer needs a compiler, libopencv-dev and libturbojpeg0-dev.
 """
 
 import argparse
@@ -20,15 +20,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+JPEG_ENDINGS = (".jpg", ".jpeg")
 SIZES = [(224, 224), (160, 160), (32, 32), (256, 256)]
-# of each photograph; a third of them by whole numbers, which has code of its own in OpenCV
 CROPS = 6
+"""Crops of each photograph; a third are reduced by whole numbers, which has own code in OpenCV."""
 
 
 class Library:
@@ -36,20 +38,20 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         loaded = ctypes.CDLL(str(path))
-        self._decode, self._resize = loaded.imdecode, loaded.resize
-        sizes, flags = [ctypes.c_uint32] * 6, [ctypes.c_bool] * 2
+        self._decode = loaded.imdecode
+        self._resize = loaded.resize
         self._decode.argtypes = [
             ctypes.c_void_p,
             ctypes.c_uint64,
             *[ctypes.c_uint32] * 2,
             ctypes.c_void_p,
-            *sizes,
-            *flags,
+            *[ctypes.c_uint32] * 6,
+            *[ctypes.c_bool] * 2,
         ]
         self._resize.argtypes = [ctypes.c_int64] * 11
 
     def decode(self, jpeg: np.ndarray, width: int, height: int) -> np.ndarray:
-        """(height, width, 3) pixels of a JPEG's bytes."""
+        """Decode a JPEG to its pixels (height, width, 3)."""
         image = np.zeros((height, width, 3), np.uint8)
         whole = (height, width, 0, 0, 1, 1, False, False)
         if self._decode(jpeg.ctypes.data, len(jpeg), height, width, image.ctypes.data, *whole):
@@ -59,30 +61,33 @@ class Library:
     def resize(
         self, image: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int]
     ) -> np.ndarray:
-        """The rows and columns of ``box``, as ``size`` rows and columns."""
+        """Resize the rows and columns of ``box`` to ``size`` rows and columns."""
         result = np.zeros((*size, 3), np.uint8)
         self._resize(0, image.ctypes.data, *image.shape[:2], *box, result.ctypes.data, *size)
         return result
 
 
 def photographs(source: Path, count: int) -> Iterator[bytes]:
-    """The first ``count`` JPEGs of a folder or a tar."""
-    if source.is_dir():
-        files: Iterator[bytes] = (
-            path.read_bytes()
-            for path in sorted(source.rglob("*"))
-            if path.suffix.lower() in (".jpg", ".jpeg")
-        )
-    else:
-        archive = tarfile.open(source)
-        members = (member for member in archive if member.name.lower().endswith((".jpg", ".jpeg")))
-        files = (archive.extractfile(member).read() for member in members)  # type: ignore[union-attr]
-    for content, _ in zip(files, range(count), strict=False):
-        yield content
+    """Yield the first ``count`` JPEGs of a folder or a tar."""
+    return islice(_folder_jpegs(source) if source.is_dir() else _tar_jpegs(source), count)
+
+
+def _folder_jpegs(folder: Path) -> Iterator[bytes]:
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in JPEG_ENDINGS:
+            yield path.read_bytes()
+
+
+def _tar_jpegs(tar: Path) -> Iterator[bytes]:
+    with tarfile.open(tar) as archive:
+        for member in archive:
+            file = archive.extractfile(member)
+            if file is not None and member.name.lower().endswith(JPEG_ENDINGS):
+                yield file.read()
 
 
 def system_library(folder: Path) -> Path:
-    """FFCV's library compiled against this system's libraries."""
+    """Compile FFCV's library against this system's libraries, and return its path."""
     command = [sys.executable, str(ROOT / "install" / "build_ffcv.py"), "--system", str(folder)]
     wheel = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     shutil.unpack_archive(wheel, folder / "content", "zip")
@@ -92,7 +97,7 @@ def system_library(folder: Path) -> Path:
 def crops(
     width: int, height: int, generator: random.Random
 ) -> Iterator[tuple[tuple[int, int, int, int], tuple[int, int]]]:
-    """Boxes and the sizes to bring them to."""
+    """Yield random boxes (top, bottom, left, right), and the sizes to which they are resized."""
     for number in range(CROPS):
         rows, columns = generator.randint(24, height), generator.randint(24, width)
         if number % 3 == 0:
@@ -108,8 +113,10 @@ def crops(
 def compare(
     times: dict[str, list[float]], name: str, calls: list[Callable[[], np.ndarray]]
 ) -> bool:
-    """Call one after the other, the first of them in turn; note ours / peer, and tell whether both
-    gave the same.
+    """Call both functions, and return whether their results are equal.
+
+    Their order changes from call to call. The ratio of their times, ours / peer's, is appended to
+    ``times[name]``.
     """
     order = [0, 1] if len(times[name]) % 2 else [1, 0]
     results, seconds = {}, {}
@@ -133,11 +140,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         libraries = [Library(Path(lib._name)), Library(system_library(Path(folder)))]
-        generator, times, different = (
-            random.Random(0),
-            {"decode": [], "resize": []},
-            dict.fromkeys(("decode", "resize"), 0),
-        )
+        generator = random.Random(0)
+        times: dict[str, list[float]] = {"decode": [], "resize": []}
+        different = {"decode": 0, "resize": 0}
         for content in photographs(options.source, options.images):
             jpeg = np.frombuffer(content, np.uint8)
             width, height = Image.open(io.BytesIO(content)).size
@@ -153,7 +158,8 @@ def main() -> None:
     for name, ratios in times.items():
         low, middle, high = statistics.quantiles(ratios, n=4)
         print(
-            f"| {name} | {len(ratios)} | {different[name]} | {middle:.2f} | {low:.2f} to {high:.2f} |"
+            f"| {name} | {len(ratios)} | {different[name]} | {middle:.2f} "
+            f"| {low:.2f} to {high:.2f} |"
         )
 
 

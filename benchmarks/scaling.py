@@ -1,10 +1,10 @@
 """Data-parallel efficiency on this machine: ``python -m benchmarks.scaling``.
 
-Real trainings (`coda train` under torchrun, digits at 32x32, 64 images per process and update), one
-processor core for each process: images per second of two processes against twice those of one,
-interleaved. Then the share of an update that the exchange of the gradients takes: an all-reduce of
-as many bytes, measured by itself. ``--gradients`` prints, without measuring anything, how many
-bytes that are for every model.
+Real training runs (`coda train` under torchrun, digits at 32 x 32, 64 images per process and
+update) with one processor core for each process: the images per second of two processes are
+compared with twice those of one, in turns. Then the share of an update that the exchange of the
+gradients takes is measured, as an all-reduce of as many bytes by itself. ``--gradients`` measures
+nothing and prints the bytes of every model's gradients.
 """
 
 import argparse
@@ -29,13 +29,15 @@ import pipeline  # noqa: F401  registers the models
 from pipeline.data.prepare import prepare
 from pipeline.recipe.load import from_dict, load
 
-# per process and update; updates between two measurements
-IMAGES, EVERY = 64, 5
+IMAGES = 64
+"""Images per process and update."""
+EVERY = 5
+"""Updates between two logged speeds."""
 ROOT = Path(__file__).parents[1]
 
 
 def train(folder: Path, name: str, processes: int, epochs: int, model: str) -> float:
-    """Images per second of a training on as many cores as processes: median over the run."""
+    """Return the median images per second of a training run with one core per process."""
     recipe = load(ROOT / "recipes" / "digits_coda_resnet20.yaml").to_dict()
     recipe |= {"name": name, "runs": str(folder)}
     recipe["model"] = {"name": model}
@@ -75,7 +77,7 @@ def train(folder: Path, name: str, processes: int, epochs: int, model: str) -> f
 
 
 def exchange(rank: int, port: int, numbers: int, folder: str) -> None:
-    """Write the median seconds of an all-reduce of ``numbers`` fp32 values between two processes."""
+    """Write the median seconds of an all-reduce of ``numbers`` fp32 values of two processes."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     values, times = torch.rand(numbers), []
@@ -90,8 +92,9 @@ def exchange(rank: int, port: int, numbers: int, folder: str) -> None:
 
 
 def gradients(name: str) -> tuple[int, int]:
-    """(classes, parameters) of a model as registered; its gradients are exchanged once an update in
-    fp32, 4 bytes a parameter.
+    """Return the classes and the parameters of a registered model.
+
+    Its gradients are exchanged once per update in fp32, with 4 bytes per parameter.
     """
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -99,6 +102,7 @@ def gradients(name: str) -> tuple[int, int]:
 
 
 def print_gradients() -> None:
+    """Print the bytes of every model's gradients."""
     print("| model | classes | parameters | gradients an update, MB |")
     print("|---|---|---|---|")
     for name in timm.list_models():
@@ -108,6 +112,7 @@ def print_gradients() -> None:
 
 
 def main() -> None:
+    """Measure and print the efficiency, or print the gradients."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="coda_resnet20")
     parser.add_argument("--epochs", type=int, default=2)
@@ -117,7 +122,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.gradients:
-        return print_gradients()
+        print_gradients()
+        return
     rates: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         for repeat in tqdm(range(options.repeats), file=sys.stderr):
@@ -140,10 +146,12 @@ def main() -> None:
     one, two = (statistics.median(found) for found in rates.values())
     update = 2 * IMAGES / two
     print(
-        f"{options.model}: {one:.1f} images/s in one process, {two:.1f} in two: efficiency {two / (2 * one):.3f}"
+        f"{options.model}: {one:.1f} images/s in one process, {two:.1f} in two: "
+        f"efficiency {two / (2 * one):.3f}"
     )
     print(
-        f"gradients {4 * numbers / 1e6:.2f} MB; exchanged in {1e3 * seconds:.1f} ms, {100 * seconds / update:.1f} % of an update"
+        f"gradients {4 * numbers / 1e6:.2f} MB; exchanged in {1e3 * seconds:.1f} ms, "
+        f"{100 * seconds / update:.1f} % of an update"
     )
 
 
