@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit, prange, types
 
 from pipeline.data.beton import IMAGE_MODES
-from pipeline.data.stored_images import DOWN, FLIP, HEIGHT, LEFT, RIGHT, TOP, WIDTH
+from pipeline.data.view_plan import DOWN, FLIP, HEIGHT, LEFT, RIGHT, TOP, WIDTH
 
 _JPG = IMAGE_MODES["jpg"]
 

@@ -21,7 +21,8 @@ import torch
 
 from pipeline.data.beton import REMEDY
 from pipeline.data.manifest import Manifest
-from pipeline.data.stored_images import FLIP, HEIGHT, PLAN_COLUMNS, StoredImages
+from pipeline.data.stored_images import StoredImages
+from pipeline.data.view_plan import FLIP, HEIGHT, PLAN_COLUMNS
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)

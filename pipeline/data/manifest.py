@@ -20,8 +20,6 @@ from pipeline.recipe.schema import MAX_RESOLUTION, DataRecipe
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
-# The former name, until training/run.py says MANIFEST_NAME.
-NAME = MANIFEST_NAME
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,6 @@ import numpy as np
 from pipeline.data.beton import read_tables
 from pipeline.data.ffcv_library import load_ffcv
 
-# Columns of a plan, which ``StoredImages.decode`` describes.
-TOP = 0
-LEFT = 1
-HEIGHT = 2
-WIDTH = 3
-FLIP = 4
-DOWN = 5
-RIGHT = 6
-PLAN_COLUMNS = 7
-
 
 class StoredImages:
     """A .beton file of images and labels, mapped into memory.

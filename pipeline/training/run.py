@@ -69,7 +69,7 @@ def _prepared(recipe: Recipe) -> PreparedData:
 
     Files that are there and damaged are for `coda prepare` to replace.
     """
-    if not gather_across_ranks((recipe.data.folder / manifest.NAME).exists())[0]:
+    if not gather_across_ranks((recipe.data.folder / manifest.MANIFEST_NAME).exists())[0]:
         prepare(recipe)
     return open_prepared(recipe.data)
 
