@@ -1,3 +1,1 @@
-"""What people read: the report of a run, comparisons, explanations of a user's images, and their
-pictures.
-"""
+"""Reports for people: of a run, of several runs compared, and of explained images."""

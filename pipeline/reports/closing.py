@@ -1,4 +1,4 @@
-"""The words with which `coda train`, `evaluate` and `compare` end: results, and what to do next."""
+"""The closing words of `coda train`, `evaluate` and `compare`: results, and what to do next."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from pipeline.reports.compared import ComparedRun, table_rows
 
 
 def closing(runs: Sequence[ComparedRun], page: Path | None = None) -> str:
-    """The results of the runs, their pictures, the ``page`` that compares them, and what is next."""
+    """Text of the results, the pictures, the ``page`` that compares the runs, and what is next."""
     program = _program()
     lines = [table(runs), "", _pictures(runs, page), "", "Next:"]
     lines.append(f"  {program} explain {_from_here(runs[0].folder.path)} IMAGE")
@@ -20,7 +20,7 @@ def closing(runs: Sequence[ComparedRun], page: Path | None = None) -> str:
         if run.folder.journal.is_file() and not run.folder.run_id.is_file():
             lines.append(f"  {program} sync {_from_here(run.folder.path)}")
             lines.append("      sends this run to MLflow, which does not have it yet")
-    # The store that `coda serve` finds by itself.
+    # `coda serve` finds this store by itself.
     own = f" --backend-store-uri sqlite:///{Path('runs').resolve() / 'mlflow.db'}"
     for address, command in mlflow_pages(runs):
         charts = f"the charts of {'these runs' if len(runs) > 1 else 'this run'}"
@@ -54,12 +54,13 @@ def _pictures(runs: Sequence[ComparedRun], page: Path | None) -> str:
 
 
 def _program() -> str:
-    """What to type for ``coda`` in this shell: a virtual environment need not be on the PATH."""
+    """Command to type for ``coda`` in this shell: its virtual environment may not be on PATH."""
     installed = Path(sys.executable).with_name("coda")
     return "coda" if shutil.which("coda") or not installed.is_file() else str(_from_here(installed))
 
 
 def _from_here(path: Path) -> Path:
     """``path`` as one would type it in the current folder."""
-    path, here = Path(os.path.abspath(path)), Path.cwd()
+    path = Path(os.path.abspath(path))
+    here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path

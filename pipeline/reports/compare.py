@@ -1,17 +1,11 @@
-"""The comparison of runs: one page and one picture that hold all they show."""
+"""The comparison of runs: one page and one picture, each complete by itself."""
 
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from pipeline.files import write_atomically
-from pipeline.reports.compared import (
-    ComparedRun,
-    by_name,
-    by_recipe,
-    differences,
-    table_rows,
-)
+from pipeline.reports.compared import ComparedRun, by_name, by_recipe, differences, table_rows
 from pipeline.reports.figures import RecipeCurves, comparison_figure
 from pipeline.reports.page import figure_html, page_html
 from pipeline.tracking.charts import chart_pages
@@ -20,7 +14,7 @@ PAGE_NAME = "comparison.html"
 
 
 def mlflow_pages(runs: Sequence[ComparedRun]) -> list[tuple[str, str | None]]:
-    """Find MLflow's charts of the runs, see ``chart_pages``."""
+    """Find MLflow's charts of the runs; see ``chart_pages``."""
     return chart_pages(
         (run.folder, run.folder.tracking_uri(run.recipe.tracking.uri)) for run in runs
     )
@@ -30,9 +24,11 @@ def write_comparison(runs: Sequence[ComparedRun], folder: Path) -> Path:
     """Write the comparison into ``folder``, as a page and as a picture in PNG and PDF.
 
     Returns:
-        the page.
+        path of the page.
     """
-    page, differing, n = folder / PAGE_NAME, differences(runs), runs[0].grid_size
+    page = folder / PAGE_NAME
+    differing = differences(runs)
+    n = runs[0].grid_size
     picture = page.with_suffix(".png")
     _draw(runs, differing, picture)
     titles, *rows = table_rows(runs)

@@ -1,4 +1,4 @@
-"""Evaluated runs: how they are found, grouped by recipe, and laid out in a table."""
+"""Evaluated runs: finding them, grouping them by recipe, and laying them out in a table."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from pipeline.recipe.load import load_stored
 from pipeline.recipe.schema import Recipe, flatten
 from pipeline.run_folder import RunFolder
 
-PLACES = ("name", "runs", "data.prepared", "data.path", "tracking.uri")
+NAMES_AND_PLACES = ("name", "runs", "data.prepared", "data.path", "tracking.uri")
 """Keys of a recipe that do not decide a result."""
 
 
@@ -25,30 +25,31 @@ class ComparedRun:
     folder: RunFolder
     recipe: Recipe
     evaluation: dict[str, Any]
-    """Of evaluation.json."""
+    """Content of evaluation.json."""
 
     @property
     def values(self) -> dict[str, float]:
-        """By metric name."""
-        return self.evaluation["values"]
+        """Values by metric name."""
+        values: dict[str, float] = self.evaluation["values"]
+        return values
 
     @property
     def grid_size(self) -> int:
-        """Side of the grids, in images, of the localisation."""
-        return self.evaluation["grid_size"]
+        """Side, in images, of the grids on which localisation was measured."""
+        return int(self.evaluation["grid_size"])
 
     @property
     def curve(self) -> list[tuple[float, float]]:
-        """(distance from the output, mean localisation) of the network's own contributions."""
+        """Points (distance from the output, mean localisation) of the network's contributions."""
         rows = self.evaluation["tables"].get("depth", [])
         return [(row["distance"], row["mean"]) for row in rows if row["method"] == OWN]
 
 
 def open_run(folder: RunFolder) -> ComparedRun:
-    """Read what is compared of a run.
+    """Read the recipe and the evaluation of a run.
 
     Raises:
-        UserError: it has no evaluation, or no valid recipe.
+        UserError: the run has no evaluation, or no valid recipe.
     """
     try:
         evaluation = json.loads(folder.evaluation.read_text())
@@ -63,11 +64,11 @@ def find_runs(words: Sequence[str], runs: Path) -> list[ComparedRun]:
     """Find the evaluated runs that ``words`` name.
 
     Args:
-        words: each a run's folder, or an experiment or sweep.
-        runs: where the runs of experiments and sweeps are looked for.
+        words: each the folder of a run, or the name of an experiment or sweep.
+        runs: folder in which the runs of experiments and sweeps are looked for.
 
     Raises:
-        UserError: a word that names nothing, or a run's folder without an evaluation.
+        UserError: a word names nothing, or a run that has no evaluation.
     """
     found: list[RunFolder] = []
     for word in words:
@@ -77,7 +78,7 @@ def find_runs(words: Sequence[str], runs: Path) -> list[ComparedRun]:
 
 
 def _members(word: str, runs: Path) -> list[RunFolder]:
-    """The evaluated runs in ``runs`` of an experiment or sweep."""
+    """Find the evaluated runs in ``runs`` of the experiment or sweep ``word``."""
     folders = [RunFolder(path) for path in sorted(runs.glob("*"))]
     stored = [each for each in folders if each.recipe.is_file() and each.evaluation.is_file()]
     tracking = {folder: load_stored(folder.path).tracking for folder in stored}
@@ -92,7 +93,7 @@ def _members(word: str, runs: Path) -> list[RunFolder]:
 
 
 def by_name(runs: Sequence[ComparedRun]) -> dict[str, ComparedRun]:
-    """Runs by name, or by folder where two have one name."""
+    """Runs by name, or by folder where several share a name."""
     names = [run.recipe.name for run in runs]
     return {
         name if names.count(name) == 1 else str(run.folder): run
@@ -102,10 +103,11 @@ def by_name(runs: Sequence[ComparedRun]) -> dict[str, ComparedRun]:
 
 def by_recipe(runs: Sequence[ComparedRun]) -> dict[str, list[ComparedRun]]:
     """Group runs whose recipes differ in seed and names only, under the name of the first."""
+    ignored = (*NAMES_AND_PLACES, "seed")
     groups: dict[str, dict[str, ComparedRun]] = {}
     for name, run in by_name(runs).items():
         keys = flatten(run.recipe.to_dict())
-        settings = {key: value for key, value in keys.items() if key not in (*PLACES, "seed")}
+        settings = {key: value for key, value in keys.items() if key not in ignored}
         groups.setdefault(json.dumps(settings, sort_keys=True), {})[name] = run
     named = {}
     for group in groups.values():
@@ -115,34 +117,32 @@ def by_recipe(runs: Sequence[ComparedRun]) -> dict[str, list[ComparedRun]]:
 
 
 def differences(runs: Sequence[ComparedRun]) -> dict[str, list[str]]:
-    """By key of the recipe, the values of all runs, where they differ."""
+    """Values of all runs, in order, by each key of the recipe in which the runs differ."""
     flat = [flatten(run.recipe.to_dict()) for run in runs]
     found = {}
     for key in dict.fromkeys(key for keys in flat for key in keys):
         shown = [json.dumps(keys[key]).strip('"') if key in keys else "-" for keys in flat]
-        if key not in PLACES and len(set(shown)) > 1:
+        if key not in NAMES_AND_PLACES and len(set(shown)) > 1:
             found[key] = shown
     return found
 
 
 def table_rows(runs: Sequence[ComparedRun]) -> list[list[str]]:
-    """Titles, the values of each run, and mean and standard deviation where only seeds differ."""
+    """Titles, the values of each run, and means with deviations where only seeds differ."""
     columns = {
         name: column for metric in METRICS.values() for name, column in metric.columns.items()
     }
-    groups = {name: [run] for name, run in by_name(runs).items()}
+    single = [(name, [run]) for name, run in by_name(runs).items()]
+    repeated = [(name, group) for name, group in by_recipe(runs).items() if len(group) > 1]
     rows = [["run", *(column.title for column in columns.values())]]
-    for name, group in [
-        *groups.items(),
-        *((name, group) for name, group in by_recipe(runs).items() if len(group) > 1),
-    ]:
+    for name, group in [*single, *repeated]:
         cells = [_cell(key, column.format, group) for key, column in columns.items()]
         rows.append([name, *cells])
     return rows
 
 
 def _cell(name: str, form: str, runs: Sequence[ComparedRun]) -> str:
-    """A value of a run, or its mean and standard deviation over several."""
+    """Value of one run, or mean and standard deviation over several, in the format ``form``."""
     values = [run.values[name] for run in runs if name in run.values]
     if len(values) < len(runs):
         return "-"

@@ -1,5 +1,6 @@
-"""One HTML page that holds everything it shows: pictures as data URIs, no script, no network, and
-every text escaped.
+"""One HTML page that holds everything it shows.
+
+Pictures are data URIs, every text is escaped, and the page uses neither scripts nor the network.
 """
 
 import base64
@@ -11,10 +12,15 @@ from pathlib import Path
 from pipeline.files import write_atomically
 
 MIME = {".png": "image/png", ".gif": "image/gif"}
-# the browser enforces what the page promises
+
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""Content security policy, by which the browser enforces what the page promises."""
+
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1a1a1a; background: #fff; }
+body {
+  font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem;
+  color: #1a1a1a; background: #fff;
+}
 section { border-top: 1px solid #ccc; margin-top: 2rem; }
 h2 { overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; }
@@ -32,9 +38,9 @@ class Section:
 
     title: str
     classes: Sequence[tuple[str, float]] = ()
-    """(name, probability), the most probable first."""
+    """Pairs (name, probability), the most probable first."""
     pictures: Sequence[tuple[str, Path]] = ()
-    """(caption, PNG or GIF file)."""
+    """Pairs (caption, PNG or GIF file)."""
 
 
 def write_page(
@@ -44,7 +50,7 @@ def write_page(
     sections: Sequence[Section],
     skipped: Sequence[str],
 ) -> None:
-    """Write the page: what it shows, a section for each image, and what could not be read."""
+    """Write the page: the notes, what could not be read, and a section for each image."""
     left_out = "".join(f"<li>{escape(line)}</li>" for line in skipped)
     parts = [
         *(f"<p>{escape(note)}</p>" for note in notes),
@@ -55,10 +61,11 @@ def write_page(
 
 
 def page_html(title: str, parts: Sequence[str]) -> str:
-    """A whole page of ``parts``, which are HTML; ``title`` is text."""
+    """Whole page that holds ``parts``, which are HTML, under the plain text ``title``."""
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
     head = [
         "<!DOCTYPE html>",
-        f'<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        f'<html lang="en"><head><meta charset="utf-8">{policy}',
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{escape(title)}</h1>",
     ]
@@ -71,11 +78,13 @@ def _section(section: Section) -> str:
         for name, probability in section.classes
     )
     table = f"<table><tr><th>class</th><th>probability</th></tr>{rows}</table>" if rows else ""
-    return f"<section><h2>{escape(section.title)}</h2>{table}{''.join(figure_html(*picture) for picture in section.pictures)}</section>"
+    figures = "".join(figure_html(caption, path) for caption, path in section.pictures)
+    return f"<section><h2>{escape(section.title)}</h2>{table}{figures}</section>"
 
 
 def figure_html(caption: str, path: Path) -> str:
-    """The PNG or GIF file at ``path`` as part of a page."""
+    """Part of a page that shows the PNG or GIF file at ``path``."""
     data = base64.b64encode(path.read_bytes()).decode()
     text = escape(caption)
-    return f'<figure><img alt="{text}" src="data:{MIME[path.suffix]};base64,{data}"><figcaption>{text}</figcaption></figure>'
+    image = f'<img alt="{text}" src="data:{MIME[path.suffix]};base64,{data}">'
+    return f"<figure>{image}<figcaption>{text}</figcaption></figure>"

@@ -1,4 +1,4 @@
-"""The report of a run: the evaluation of its export, tables and pictures, and what MLflow gets.
+"""The report of a run: the evaluation of its export, its tables and pictures, and its log.
 
 It is made from the export alone, at the end of a run and whenever `coda evaluate` asks for more.
 """
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +39,7 @@ from pipeline.run_folder import RunFolder
 from pipeline.tracking import Tracker
 
 PICTURED_IMAGES = 6
+"""Validation images on a sheet."""
 
 
 def write_report(
@@ -45,18 +47,18 @@ def write_report(
 ) -> Evaluation:
     """Evaluate the export of a run in full; write evaluation.json, tables and pictures.
 
-    What was evaluated before with the same weights, images and settings is taken from the run's
-    results and not computed again; evaluation.json holds all of that, whatever is asked for now.
-    Every process must call it, and gets the evaluation.
+    Results that the run already holds for the same weights, images and settings are not computed
+    again. evaluation.json holds all known results, whatever is asked for now. Every process must
+    call this, and each gets the evaluation.
 
     Args:
-        folder: of a run, or an export.
-        recipe: what is evaluated, and how.
+        folder: a run, or an export.
+        recipe: metrics, methods and their settings.
         prepared: the data.
         world: this process among all.
 
     Raises:
-        UserError: no export, or a method that does not apply to the model.
+        UserError: there is no export, or a method does not apply to the model.
     """
     settings, exported = recipe.evaluation, folder.find_export()
     model = load_export(exported).to(world.device)
@@ -77,15 +79,17 @@ def write_report(
         encoded = json.dumps(content, indent=1).encode()
         if not (folder.all_pictures() and _holds(folder, encoded)):
             _write_tables(recipe.name, evaluation, folder)
-            _draw(model, recipe, world, loader, evaluation, folder)
+            _draw_pictures(model, recipe, world, loader, evaluation, folder)
             write_atomically(folder.evaluation, encoded)
     barrier()
-    return gather_across_ranks(evaluation)[0]
+    of_main: Evaluation = gather_across_ranks(evaluation)[0]
+    return of_main
 
 
 def applicable_methods(folder: RunFolder) -> list[str]:
-    """Find the explanation methods that say something about the exported model of a run."""
-    model, found = load_export(folder.find_export()), []
+    """Find the explanation methods that apply to the exported model of a run."""
+    model = load_export(folder.find_export())
+    found = []
     for method in METHODS:
         with suppress(UserError):
             check_method(model, method)
@@ -94,12 +98,13 @@ def applicable_methods(folder: RunFolder) -> list[str]:
 
 
 def track(tracker: Tracker, recipe: Recipe, folder: RunFolder, evaluation: Evaluation) -> None:
-    """Log what ``write_report`` found, and the files that it wrote.
+    """Log the results of ``write_report``, and the files that it wrote.
 
-    A metric that an earlier evaluation gave another value, under other settings, keeps it; the new
-    one stands beside it as a tag.
+    A metric that has another value from an earlier evaluation, with other settings, keeps that
+    value; the new one is logged as a tag.
     """
-    epoch, history = recipe.training.epochs, tracker.history()
+    epoch = recipe.training.epochs
+    history = tracker.history()
     for name, value in evaluation.values.items():
         if history.get((name, epoch), value) != value:
             tracker.tags({f"evaluated again/{name}": str(value)})
@@ -117,7 +122,7 @@ def track(tracker: Tracker, recipe: Recipe, folder: RunFolder, evaluation: Evalu
 
 
 def draw_contributions(model: nn.Module, world: World, loader: EpochLoader, path: Path) -> None:
-    """Write a sheet of a few validation images, the same at any time: what speaks for what.
+    """Write a sheet of a few validation images, always the same, with their contributions.
 
     Contributions are to each image's strongest class, at the input and at the junction.
     """
@@ -127,14 +132,14 @@ def draw_contributions(model: nn.Module, world: World, loader: EpochLoader, path
 
 
 def _holds(folder: RunFolder, encoded: bytes) -> bool:
-    """Whether evaluation.json is there with this content."""
+    """Whether evaluation.json already has this content."""
     return folder.evaluation.is_file() and folder.evaluation.read_bytes() == encoded
 
 
 def _with_known(
     evaluation: Evaluation, cache: ResultCache, asked: Sequence[tuple[str, str]]
 ) -> Evaluation:
-    """``evaluation``, joined with what else is known of the same weights and images."""
+    """``evaluation`` joined with all other known results of the same weights and images."""
     joined = Evaluation()
     for (metric, method), known in cache.known().items():
         # A result of another version may be of a metric that this one lacks.
@@ -160,7 +165,7 @@ def _write_tables(name: str, evaluation: Evaluation, folder: RunFolder) -> None:
         write_atomically(folder.tables / f"{metric}.csv", text.getvalue().encode())
 
 
-def _draw(
+def _draw_pictures(
     model: nn.Module,
     recipe: Recipe,
     world: World,
@@ -183,7 +188,8 @@ def _draw_methods(
 ) -> None:
     """Write a sheet of the same images with the maps of every method."""
     images, targets, names = _pictured(model, world, loader)
-    layers, maps = explainable_layers(model, images[:1]), []
+    layers = explainable_layers(model, images[:1])
+    maps = []
     for method in methods:
         place = own_place(method, layers).name
         found = attribution_maps(method, model, images, targets[:, None], [place])[place]
@@ -196,9 +202,10 @@ def _draw_methods(
 def _pictured(
     model: nn.Module, world: World, loader: EpochLoader
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """The pictured images (B, 3, H, W), their strongest classes (B,), and a title for each."""
-    samples = torch.linspace(0, loader.samples - 1, PICTURED_IMAGES).long().unique()
-    with loader.select(samples.numpy()) as batches:
+    """Pictured images (B, 3, H, W), their strongest classes (B,), and a title for each."""
+    evenly = torch.linspace(0, loader.samples - 1, PICTURED_IMAGES).long()
+    samples = np.unique(evenly.numpy())
+    with loader.select(samples) as batches:
         images = unit_range(torch.cat([batch.images for batch in batches]), world.device)
     with torch.no_grad(), explanation_mode(model):
         probabilities, targets = model(images).sigmoid().max(1)

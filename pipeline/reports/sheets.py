@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from pipeline.evaluation.plots import write_picture
 from pipeline.interpret.contributions import Layer, exact_layers, layer_contributions
 
-# contributions beyond it are shown at full strength, so that a few strong pixels do not hide the
-# rest
 PERCENTILE = 99.5
-# blue against, red for the class; told apart by colour-blind readers
+"""Contributions beyond it have full strength, so that a few strong pixels do not hide the rest."""
+
 SIGNED_COLOURS = "RdBu_r"
-# grey on which both white and black contributions show
+"""Blue against and red for the class, which colour-blind readers can tell apart."""
+
 BACKGROUND = 0.5
+"""Grey level on which both white and black contributions show."""
 
 
 def write_contributions(
@@ -38,10 +39,10 @@ def write_contributions(
     *,
     overlays: bool = False,
 ) -> str | None:
-    """Explain images and write the sheet: contributions at the input and at the junction.
+    """Explain images, and write a sheet of the contributions at the input and at the junction.
 
     Args:
-        model: what is explained.
+        model: the model to explain.
         layers: its ``explainable_layers``.
         images: (B, 3, H, W), RGB in [0, 1].
         targets: (B,) int64, the class explained in each image.
@@ -50,7 +51,7 @@ def write_contributions(
         overlays: whether to show the maps over the images, too.
 
     Returns:
-        name of the junction; None where it is the input.
+        name of the junction; None if it is the input.
     """
     junction = exact_layers(model, layers)[-1].name
     found = layer_contributions(model, images, targets[:, None], [None, junction])
@@ -64,8 +65,9 @@ def write_contributions(
         columns[title] = maps
         if overlays:
             over = title.removeprefix("at the input").removeprefix("at ")
-            pairs = zip(images, maps, strict=True)
-            columns[f"{over} over the image".strip()] = torch.stack([overlay(*p) for p in pairs])
+            columns[f"{over} over the image".strip()] = torch.stack(
+                [overlay(image, found) for image, found in zip(images, maps, strict=True)]
+            )
     contribution_sheet(images, list(columns.values()), list(columns), path, row_titles=row_titles)
     return junction
 
@@ -82,37 +84,30 @@ def contribution_sheet(
 
     Args:
         images: (R, 3, H, W), RGB in [0, 1].
-        maps: of each column either (R, h, w), signed contributions, drawn from blue (against) over
-            white to red (for) with each map scaled to its own strongest contributions; or (R, 6, H,
-            W), contributions at the input encoding, drawn in colour by ``colour_rendering``; or (R,
-            3, H, W), pictures such as ``overlay`` makes. Resolutions may differ between columns.
-        titles: of the columns of maps.
-        path: PNG file, replaced at once when it is complete.
+        maps: one entry per column. (R, h, w) are signed contributions, drawn from blue (against)
+            over white to red (for), each map scaled to its own strongest contributions.
+            (R, 6, H, W) are contributions at the input encoding, drawn by ``colour_rendering``.
+            (R, 3, H, W) are pictures, such as ``overlay`` makes. Resolutions may differ.
+        titles: one per column of maps.
+        path: PNG file, replaced in one step when the sheet is complete.
         row_titles: one per image, for instance the class explained.
 
     Raises:
         UserError: the file cannot be written.
     """
+    _check_lengths(images, maps, titles, row_titles)
     rows, columns = len(images), 1 + len(maps)
-    if (
-        len(titles) != len(maps)
-        or any(len(column) != rows for column in maps)
-        or len(row_titles) not in (0, rows)
-    ):
-        raise ValueError(
-            f"a sheet of {rows} images and {len(maps)} columns of maps needs as many rows in each, and as many titles"
-        )
     figure = Figure(figsize=(2.0 * columns + 0.6, 2.0 * rows + 0.9), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     signed = None
     for row in range(rows):
-        axes[row, 0].imshow(_channels_last(images[row]), interpolation="nearest")
-        for column, stack in enumerate(maps, start=1):
-            if stack.ndim == 4:
-                picture = stack[row] if stack.shape[1] == 3 else colour_rendering(stack[row])
-                axes[row, column].imshow(_channels_last(picture), interpolation="nearest")
+        _show_picture(axes[row, 0], images[row])
+        for axis, column in zip(axes[row, 1:], maps, strict=True):
+            if column.ndim == 4:
+                pixels = column[row] if column.shape[1] == 3 else colour_rendering(column[row])
+                _show_picture(axis, pixels)
             else:
-                signed = _show_signed(axes[row, column], stack[row])
+                signed = _show_signed(axis, column[row])
         if row_titles:
             axes[row, 0].set_ylabel(row_titles[row])
     for axis, title in zip(axes[0], ["image", *titles], strict=True):
@@ -120,29 +115,16 @@ def contribution_sheet(
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     if signed is not None:
-        bar = figure.colorbar(
-            signed,
-            ax=axes,
-            orientation="horizontal",
-            ticks=[-1, 0, 1],
-            aspect=40,
-            shrink=0.6,
-            pad=0.02,
-        )
-        bar.ax.set_xticklabels(["against the class", "0", "for the class"])
-        bar.set_label(
-            f"contribution, each map on its own scale (full colour: percentile {PERCENTILE} of its size)",
-            fontsize=8,
-        )
+        _add_colour_bar(figure, signed, axes)
     write_picture(figure, path)
 
 
 def colour_rendering(contributions: Tensor) -> Tensor:
-    """Contributions (6, H, W) at the input encoding as an RGB picture (3, H, W) in [0, 1] on grey.
+    """Render contributions (6, H, W) at the input encoding as RGB (3, H, W) in [0, 1] on grey.
 
-    A pixel shows the colour it contributes with, r / (r + (1-r)) and so on of the positive
-    contributions of the encoded channels; it is the more opaque the larger its summed contribution,
-    and transparent where that is negative.
+    A pixel shows the colour it contributes with: r / (r + (1-r)), and so on, of the positive
+    contributions of the encoded channels. Its opacity grows with its summed contribution; where
+    the sum is negative, the pixel is transparent.
     """
     positive = contributions.clamp(min=0)
     pair = positive[:3] + positive[3:]
@@ -153,11 +135,10 @@ def colour_rendering(contributions: Tensor) -> Tensor:
 
 
 def overlay(image: Tensor, contributions: Tensor) -> Tensor:
-    """An image (3, H, W) faded to grey under its signed map (h, w), red for and blue against the
-    class, as RGB (3, H, W) in [0, 1].
+    """Draw a signed map (h, w) over its image (3, H, W), as RGB (3, H, W) in [0, 1].
 
-    A position is the more opaque the stronger its contribution; a smaller map is up-sampled by
-    nearest.
+    The image fades to grey; red is for and blue against the class. The opacity of a position grows
+    with the strength of its contribution. A smaller map is up-sampled by nearest neighbour.
     """
     scaled = (contributions / _scale(contributions)).clamp(-1, 1)[None, None].to(image)
     scaled = torch.nn.functional.interpolate(scaled, size=image.shape[1:], mode="nearest")[0]
@@ -170,22 +151,56 @@ def overlay(image: Tensor, contributions: Tensor) -> Tensor:
     return scaled.abs() * colour + (1 - scaled.abs()) * faded
 
 
+def _check_lengths(
+    images: Tensor, maps: Sequence[Tensor], titles: Sequence[str], row_titles: Sequence[str]
+) -> None:
+    rows = len(images)
+    fits = (
+        len(titles) == len(maps)
+        and all(len(column) == rows for column in maps)
+        and len(row_titles) in (0, rows)
+    )
+    if not fits:
+        raise ValueError(
+            f"a sheet of {rows} images and {len(maps)} columns of maps needs as many rows in "
+            "each, and as many titles"
+        )
+
+
+def _show_picture(axis: Axes, pixels: Tensor) -> None:
+    """Draw an RGB picture (3, H, W) in [0, 1]."""
+    channels_last = _array(pixels.clamp(0, 1)).transpose(1, 2, 0)  # (H, W, 3)
+    axis.imshow(channels_last, interpolation="nearest")
+
+
 def _show_signed(axis: Axes, contributions: Tensor) -> ScalarMappable:
-    """Draws one signed map (h, w), scaled to [-1, 1]."""
+    """Draw one signed map (h, w), scaled to [-1, 1]."""
     scaled = (contributions / _scale(contributions)).clamp(-1, 1)
     return axis.imshow(
         _array(scaled), cmap=SIGNED_COLOURS, norm=CenteredNorm(0, 1), interpolation="nearest"
     )
 
 
+def _add_colour_bar(figure: Figure, signed: ScalarMappable, axes: np.ndarray) -> None:
+    """Explain the colours of signed maps under all ``axes``."""
+    bar = figure.colorbar(
+        signed,
+        ax=axes,
+        orientation="horizontal",
+        ticks=[-1, 0, 1],
+        aspect=40,
+        shrink=0.6,
+        pad=0.02,
+    )
+    bar.ax.set_xticklabels(["against the class", "0", "for the class"])
+    scale = f"full colour: percentile {PERCENTILE} of its size"
+    bar.set_label(f"contribution, each map on its own scale ({scale})", fontsize=8)
+
+
 def _scale(values: Tensor) -> float:
-    """A high percentile of the absolute values; their maximum where that is 0, and 1 where all are."""
+    """High percentile of the absolute values, or their maximum if that is 0, or 1 if all are 0."""
     size = np.abs(_array(values))
     return float(np.percentile(size, PERCENTILE)) or float(size.max()) or 1.0
-
-
-def _channels_last(image: Tensor) -> np.ndarray:
-    return _array(image.clamp(0, 1)).transpose(1, 2, 0)  # (C, H, W) -> (H, W, C)
 
 
 def _array(values: Tensor) -> np.ndarray:
