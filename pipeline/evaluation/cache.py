@@ -1,9 +1,8 @@
-"""Results that are computed once: one file for each metric and method, found again by what decides
-its numbers.
+"""Results that are computed once: one file for each metric and method.
 
-That is the weights and the architecture, the evaluated images, and the settings of the metric. A
-training epoch is no part of it: two runs with the same name, or one run trained on, never share a
-result.
+A result is found again by all that decides its numbers: the weights and the architecture, the
+evaluated images, and the settings of the metric. The training epoch is not part of this, so two
+runs with the same name, or one run that is trained further, never share a result.
 """
 
 import hashlib
@@ -16,17 +15,15 @@ from pipeline.data.prepared import PreparedData
 from pipeline.evaluation.metric import Result
 from pipeline.files import sha256_of, write_atomically
 
-# of the metrics' definitions: a change of one makes stored results unfit
 VERSION = 1
+"""Version of the metrics' definitions; a new one makes stored results invalid."""
 
 
 def identify(export: Path, prepared: PreparedData) -> dict[str, str]:
-    """SHA-256 of the exported weights, of the export's description of its model, and of the images
-    evaluated.
-    """
+    """SHA-256 of the exported weights, of the model's description, and of the evaluated images."""
     return {
         "weights": sha256_of(export / "model.safetensors"),
-        "model": _model(export),
+        "model": _sha256_of_description(export),
         "data": prepared.sha256("val"),
     }
 
@@ -35,15 +32,16 @@ class ResultCache:
     """The results in ``folder`` that belong to ``identity``."""
 
     def __init__(self, folder: Path, identity: Mapping[str, str]):
-        self.folder, self.identity = folder, dict(identity)
+        self.folder = folder
+        self.identity = dict(identity)
 
     def get(self, metric: str, method: str, settings: Mapping[str, Any]) -> Result | None:
-        """The stored result, None if there is no readable one."""
+        """Read the stored result; None if there is no readable one."""
         entry = _read(self._path(metric, method, settings))
         return Result(entry["values"], entry["rows"]) if entry else None
 
     def put(self, metric: str, method: str, settings: Mapping[str, Any], result: Result) -> None:
-        """Store ``result``; it is there whole or not at all."""
+        """Write ``result``, whole or not at all."""
         about = {
             "metric": metric,
             "method": method,
@@ -57,7 +55,7 @@ class ResultCache:
         )
 
     def known(self) -> dict[tuple[str, str], Result]:
-        """By metric and method the result stored last, whatever its settings."""
+        """Latest stored result by metric and method, whatever its settings."""
         results = {}
         for path in sorted(self.folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
             entry = _read(path)
@@ -69,22 +67,22 @@ class ResultCache:
         decides = json.dumps(
             [metric, method, dict(settings), self.identity, VERSION], sort_keys=True
         )
-        return (
-            self.folder
-            / f"{metric}-{method}-{hashlib.sha256(decides.encode()).hexdigest()[:16]}.json"
-        )
+        digest = hashlib.sha256(decides.encode()).hexdigest()[:16]
+        return self.folder / f"{metric}-{method}-{digest}.json"
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
+        entry: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
+    return entry
 
 
-def _model(export: Path) -> str:
-    """Of the parts of config.json that say which function the weights are: temperature and classes
-    among them.
+def _sha256_of_description(export: Path) -> str:
+    """SHA-256 of the parts of config.json that decide the function that the weights compute.
+
+    The temperature and the number of classes are among them.
     """
     config = json.loads((export / "config.json").read_text())
     decides = {key: config.get(key) for key in ("architecture", "num_classes", "model_args")}

@@ -18,23 +18,24 @@ CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9
 """Of Okabe and Ito, told apart by colour-blind readers."""
 
 MARKERS = "osD^vP*X"
-Curve = Iterable[tuple[float, float]]
+
+Points = Iterable[tuple[float, float]]
+"""Points (x, y) of a curve, in any order."""
 
 
 def depth_curves(
-    curves: Mapping[str, Iterable[tuple[float, float]]],
+    curves: Mapping[str, Points],
     chance: float,
     path: str | Path,
     *,
     threshold: float = 0.5,
 ) -> None:
-    """Write the mean localisation of each layer's contributions against the layer's distance from
-    the output; PNG and PDF.
+    """Write the mean localisation of each layer against its distance from the output.
 
     Args:
         curves: by name, (distance, score) points in any order.
         chance: score of an uninformative map, 1 / n².
-        path: PNG file, replaced at once when it is complete.
+        path: PNG file, replaced in one step when it is complete; the PDF goes beside it.
         threshold: drawn as a line; the interpretable depth is where a curve last reaches it.
 
     Raises:
@@ -48,11 +49,11 @@ def depth_curves(
 
 def draw_depth_curves(
     axis: Axes,
-    curves: Mapping[str, Iterable[tuple[float, float]]],
+    curves: Mapping[str, Points],
     chance: float,
     threshold: float = 0.5,
 ) -> None:
-    """What ``depth_curves`` shows, without its legend, on an axis of a larger figure."""
+    """Draw the curves of ``depth_curves``, without a legend, on an axis of a larger figure."""
     for index, (name, points) in enumerate(curves.items()):
         distances, scores = zip(*sorted(points), strict=True)
         colour, marker = CURVE_COLOURS[index % len(CURVE_COLOURS)], MARKERS[index % len(MARKERS)]
@@ -69,10 +70,10 @@ def draw_depth_curves(
 def removal_curves(
     panels: Sequence[tuple[str, Mapping[str, Sequence[tuple[float, float]]]]], path: Path
 ) -> None:
-    """Write one panel for each order of removal, in it a curve for each method.
+    """Write one panel for each order of removal, with a curve for each method.
 
     Args:
-        panels: (title, curves of (pixels removed in %, probability) points by method).
+        panels: (title, curves by method); a curve has points (pixels removed in %, probability).
         path: PNG file; the PDF goes beside it.
     """
     figure = Figure(figsize=(10.5, 4.0), layout="constrained")
@@ -102,39 +103,59 @@ def quartile_bars(
     neutral: float,
     path: Path,
 ) -> None:
+    """Write one bar from quartile to quartile for each row, with its median and mean.
+
+    Args:
+        rows: with the columns ``q25``, ``median``, ``q75`` and ``mean``, from bottom to top.
+        names: one for each row.
+        limits: least and greatest value shown.
+        label: title of the values.
+        neutral: value of an uninformative map, drawn as a line.
+        path: PNG file; the PDF goes beside it.
+    """
     figure = Figure(figsize=(7.0, 1.1 + 0.45 * len(rows)), layout="constrained")
     axis: Axes = figure.subplots()
-    low, middle, high, mean = (
-        [float(row[key]) for row in rows] for key in ("q25", "median", "q75", "mean")
-    )
-    places = range(len(rows))
-    axis.barh(
-        places,
-        [b - a for a, b in zip(low, high, strict=True)],
-        left=low,
-        height=0.55,
-        color="#56B4E9",
-        label="quartiles",
-    )
-    axis.scatter(
-        middle, places, marker="|", s=260, linewidths=2.5, color="black", label="median", zorder=3
-    )
-    axis.scatter(
-        mean, places, marker="o", s=28, color="#D55E00", edgecolors="white", label="mean", zorder=3
-    )
-    axis.axvline(
-        neutral,
-        color="0.35",
-        linestyle=":",
-        linewidth=1.5,
-        label=f"chance {neutral:.3g}" if neutral else "no alignment",
-    )
-    axis.set(xlim=limits, xlabel=label, yticks=list(places), ylim=(-0.6, len(rows) - 0.4))
+    _draw_quartiles(axis, rows)
+    meaning = f"chance {neutral:.3g}" if neutral else "no alignment"
+    axis.axvline(neutral, color="0.35", linestyle=":", linewidth=1.5, label=meaning)
+    axis.set(xlim=limits, xlabel=label, yticks=range(len(rows)), ylim=(-0.6, len(rows) - 0.4))
     axis.set_yticklabels(names, fontsize=8)
     axis.grid(color="0.9", axis="x")
     axis.set_axisbelow(True)
     axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     write_figure(figure, path)
+
+
+def _draw_quartiles(axis: Axes, rows: Sequence[Row]) -> None:
+    """Draw the bar, median and mean of each row."""
+    low = _column(rows, "q25")
+    widths = [upper - lower for lower, upper in zip(low, _column(rows, "q75"), strict=True)]
+    places = range(len(rows))
+    axis.barh(places, widths, left=low, height=0.55, color="#56B4E9", label="quartiles")
+    axis.scatter(
+        _column(rows, "median"),
+        places,
+        marker="|",
+        s=260,
+        linewidths=2.5,
+        color="black",
+        label="median",
+        zorder=3,
+    )
+    axis.scatter(
+        _column(rows, "mean"),
+        places,
+        marker="o",
+        s=28,
+        color="#D55E00",
+        edgecolors="white",
+        label="mean",
+        zorder=3,
+    )
+
+
+def _column(rows: Sequence[Row], key: str) -> list[float]:
+    return [float(row[key]) for row in rows]
 
 
 def write_figure(figure: Figure, path: str | Path) -> None:
@@ -144,8 +165,14 @@ def write_figure(figure: Figure, path: str | Path) -> None:
 
 
 def write_picture(figure: Figure, path: str | Path) -> None:
-    picture, form = io.BytesIO(), "pdf" if Path(path).suffix == ".pdf" else "png"
-    # left out: the same numbers give the same file
+    """Write ``figure`` to the PDF or PNG file ``path``, replaced in one step.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    picture = io.BytesIO()
+    form = "pdf" if Path(path).suffix == ".pdf" else "png"
+    # Without date and version, the same numbers give the same file.
     stamps = {"pdf": {"CreationDate": None}, "png": {"Software": None}}
     figure.savefig(picture, format=form, dpi=150, metadata=stamps[form])
     try:
