@@ -1,8 +1,8 @@
-"""Exports: a folder that timm loads by ``timm.create_model("local-dir:FOLDER", pretrained=True)``
-after ``import pipeline``.
+"""Exports: folders with a trained model that timm loads by itself.
 
-Holds model.safetensors (fp32 weights), config.json (architecture and its arguments) and recipe.yaml
-(how it was trained). Loading needs neither DeepSpeed nor a checkpoint.
+After ``import pipeline``, ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads one. It
+holds model.safetensors (fp32 weights), config.json (the architecture and its arguments) and
+recipe.yaml (the recipe of the run). Loading needs neither DeepSpeed nor a checkpoint.
 """
 
 import json
@@ -25,13 +25,16 @@ from pipeline.run_folder import EXPORT_CONFIG, RunFolder
 
 
 def export(model: nn.Module, recipe: Recipe, classes: Sequence[str], folder: Path) -> None:
-    """Write ``model`` (weights on any device) to ``folder``, replacing an earlier export once the
-    new one is complete.
+    """Write ``model`` to ``folder``; a complete export replaces an earlier one.
+
+    Args:
+        model: the network, with its weights on any device.
+        recipe: the recipe of the run.
+        classes: names of the classes, in the order of the logits.
+        folder: the export's folder.
     """
-    temporary, replaced = (
-        folder.with_name(f".{folder.name}.tmp"),
-        folder.with_name(f".{folder.name}.old"),
-    )
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    replaced = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     size = recipe.data.evaluated_size
     config = {
@@ -55,7 +58,7 @@ def export(model: nn.Module, recipe: Recipe, classes: Sequence[str], folder: Pat
 
 
 def class_names(folder: Path) -> list[str]:
-    """Names of the classes of the exported model, in the order of its logits.
+    """Read the names of the exported model's classes, in the order of its logits.
 
     Raises:
         UserError: the export is damaged.
@@ -64,25 +67,30 @@ def class_names(folder: Path) -> list[str]:
 
 
 def load_export(folder: Path) -> nn.Module:
-    """The exported model in evaluation mode.
+    """Load the exported model, in evaluation mode.
 
     Raises:
         UserError: the export is damaged.
     """
     _description(folder)
     try:
-        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except (SafetensorError, RuntimeError) as error:
         known = ("Error(s) in loading state_dict", "No suitable checkpoints")
         if isinstance(error, RuntimeError) and not str(error).startswith(known):
             raise
         raise _damaged(folder, " ".join(str(error).split())) from error
+    return model.eval()
 
 
 def _description(folder: Path) -> dict[str, Any]:
-    """config.json, checked as far as timm takes it on trust."""
+    """Read config.json, and check what timm takes on trust.
+
+    Raises:
+        UserError: the export is damaged.
+    """
     try:
-        tree = json.loads((folder / EXPORT_CONFIG).read_text())
+        tree: dict[str, Any] = json.loads((folder / EXPORT_CONFIG).read_text())
     except (FileNotFoundError, ValueError) as error:
         raise _damaged(folder, f"config.json: {error}") from error
     keys = {"architecture": str, "num_classes": int, "label_names": list, "pretrained_cfg": dict}
