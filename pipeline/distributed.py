@@ -1,12 +1,13 @@
-"""Processes and ranks: the only reader of RANK and SLURM_* variables, and the few collectives the
-pipeline needs.
+"""Processes, ranks, and the few collectives that the pipeline needs.
+
+Only this module reads RANK and the variables of Slurm.
 """
 
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -24,11 +25,11 @@ class World:
     rank: int = 0
     local_rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     incarnation: str = "alone"
-    """Same on all processes; another one whenever the training is started again."""
+    """Name of this start of the run, the same on all processes; see ``incarnation``."""
     timeout_seconds: float = 1800
-    """For which a process waits for the others before it gives up."""
+    """Time for which a process waits for the others before it gives up."""
 
     @property
     def is_main(self) -> bool:
@@ -37,8 +38,9 @@ class World:
 
 
 def ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """(rank, local rank, world size) from torchrun's variables, else Slurm's step variables, else a
-    single process.
+    """Rank, local rank and world size of this process.
+
+    They come from torchrun's variables, else from those of a Slurm step; else the process is alone.
 
     Raises:
         UserError: a variable of the set is missing or not a number.
@@ -55,22 +57,22 @@ def ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
     for name in names:
         if not environment.get(name, "").isdigit():
             raise UserError(
-                f"environment variable {name} is {environment.get(name)!r}; torchrun or srun sets it to a number"
+                f"environment variable {name} is {environment.get(name)!r}; torchrun or srun sets "
+                "it to a number"
             )
         values.append(int(environment[name]))
     return values[0], values[1], values[2]
 
 
 def rendezvous(environment: Mapping[str, str]) -> tuple[str, int]:
-    """(address, port) at which the processes meet: MASTER_ADDR and MASTER_PORT, else from Slurm's
-    variables.
+    """Address and port at which the processes meet.
 
-    The address is the first node's name. The port lies below the kernel's ephemeral ones, and is
-    another one for every job, array task and restart, so that neither a neighbour nor this job's
-    own past holds it.
+    These are MASTER_ADDR and MASTER_PORT, else they follow from Slurm's variables: the address is
+    the first node's name; the port lies below the kernel's ephemeral ports and differs between
+    jobs, array tasks and restarts, so that neither a neighbour nor an earlier start holds it.
 
     Raises:
-        UserError: neither is there.
+        UserError: the environment has neither.
     """
     address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
@@ -82,29 +84,30 @@ def rendezvous(environment: Mapping[str, str]) -> tuple[str, int]:
     if not address or not port:
         name = "MASTER_PORT" if address else "MASTER_ADDR"
         raise UserError(
-            f"environment variable {name} is not set; torchrun sets it, and under srun it follows from Slurm's own"
+            f"environment variable {name} is not set; torchrun sets it, and under srun it follows "
+            "from Slurm's own"
         )
     return address, int(port)
 
 
 def device_index(local_rank: int, visible: int) -> int:
-    """Number of this process's GPU among the ``visible`` ones: Slurm shows a process either its own
-    GPU or all of the node's.
+    """Index of this process's GPU among the ``visible`` ones.
+
+    Slurm shows a process either its own GPU or all GPUs of the node.
 
     Raises:
-        UserError: more processes on the node than GPUs.
+        UserError: the node has more processes than GPUs.
     """
     if visible > 1 and local_rank >= visible:
         raise UserError(
-            f"process {local_rank} of this node finds only {visible} GPUs: ask for --gpus-per-node=--ntasks-per-node"
+            f"process {local_rank} of this node finds only {visible} GPUs: ask for "
+            "--gpus-per-node=--ntasks-per-node"
         )
     return local_rank if visible > 1 else 0
 
 
 def incarnation(environment: Mapping[str, str]) -> str:
-    """Name of this start of the training: ``slurm-<job>.<restart>`` under Slurm, else this host and
-    process.
-    """
+    """Name of this start of the run: ``slurm-<job>.<restart>``, else the host and process."""
     if "SLURM_STEP_ID" in environment and "SLURM_JOB_ID" in environment:
         return f"slurm-{environment['SLURM_JOB_ID']}.{environment.get('SLURM_RESTART_COUNT') or 0}"
     return f"{socket.gethostname()}-{os.getpid()}"
@@ -112,11 +115,16 @@ def incarnation(environment: Mapping[str, str]) -> str:
 
 @contextmanager
 def process_group(timeout_seconds: float | None = None) -> Iterator[World]:
-    """Join the process group (NCCL on GPUs, else gloo) for the duration of the block, alone or
-    under torchrun or srun.
+    """Join the process group for the duration of the block, alone or under torchrun or srun.
 
-    A process that waits for the others for ``timeout_seconds`` gives up with an error; by default
-    CODA_TIMEOUT_SECONDS, or 1800.
+    The backend is NCCL on GPUs, else gloo.
+
+    Args:
+        timeout_seconds: time for which a process waits for the others before it gives up with an
+            error; by default CODA_TIMEOUT_SECONDS, or 1800.
+
+    Yields:
+        this process among all.
 
     Raises:
         UserError: the environment does not describe a process group.
@@ -130,16 +138,17 @@ def process_group(timeout_seconds: float | None = None) -> Iterator[World]:
         device = torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(_threads(os.environ, size))
-    # a torchrun is met at its store, even by one process
+    # Under torchrun, even a single process must use the store of its agent.
     alone = size == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     variables: dict[str, object] = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": size}
     meeting: dict[str, Any] = {}
     if alone:
         _check_loopback()
-        meeting = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        store = dist.HashStore()  # type: ignore[attr-defined]  # Public, but missing in __all__.
+        meeting = {"store": store, "rank": 0, "world_size": 1}
     else:
         variables["MASTER_ADDR"], variables["MASTER_PORT"] = rendezvous(os.environ)
-    # what torch and deepspeed read
+    # PyTorch and DeepSpeed read these.
     os.environ.update({name: str(value) for name, value in variables.items()})
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **meeting)
@@ -158,14 +167,16 @@ def _timeout(environment: Mapping[str, str]) -> float:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
         raise UserError(
-            f"environment variable CODA_TIMEOUT_SECONDS is {text!r}; it must be a positive number of seconds"
+            f"environment variable CODA_TIMEOUT_SECONDS is {text!r}; it must be a positive number "
+            "of seconds"
         )
     return seconds
 
 
 def _threads(environment: Mapping[str, str], size: int) -> int:
-    """Processors of this process: Slurm's share, else those it may use, shared fairly with the
-    processes of its machine.
+    """Number of threads of this process.
+
+    This is Slurm's share of processors; else the processes of a machine share those they may use.
     """
     available = len(os.sched_getaffinity(0))
     if share := environment.get("SLURM_CPUS_PER_TASK"):
@@ -174,8 +185,10 @@ def _threads(environment: Mapping[str, str], size: int) -> int:
 
 
 def _check_loopback() -> None:
-    """Raise UserError if this machine does not reach itself: gloo connects even a process that is
-    alone.
+    """Check that this machine reaches itself: gloo connects even a process that is alone.
+
+    Raises:
+        UserError: it does not.
     """
     with socket.socket() as listener:
         try:
@@ -190,47 +203,56 @@ def _check_loopback() -> None:
 
 
 def sum_across_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Sum of ``values`` over all processes, in place and on every process; without a process group,
-    ``values`` itself.
+    """Sum ``values`` over all processes, in place and on every process.
+
+    Without a process group, ``values`` stay as they are.
     """
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
-def gather_across_ranks(value: object) -> list:
-    """The picklable ``value`` of every process, in order of rank, on every process."""
+def gather_across_ranks(value: object) -> list[Any]:
+    """Gather the picklable ``value`` of every process, in order of rank, on every process."""
     if not dist.is_initialized():
         return [value]
-    values: list = [None] * dist.get_world_size()
+    values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def together(step: Callable[[], object], *, main_only: bool = False) -> None:
-    """Do ``step`` on all processes, or the main one; if it fails on one, fail on all.
+def run_collectively(step: Callable[[], object], *, main_only: bool = False) -> None:
+    """Run ``step`` on all processes, or on the main one; if it fails on one, fail on all.
 
-    No process is left waiting for another that has failed.
+    Every process must call this. No process is left waiting for another that has failed.
+
+    Args:
+        step: called without arguments; its result is dropped.
+        main_only: whether only the main process runs it.
 
     Raises:
-        Exception: what ``step`` raised on this process; else what it raised on the first that
-            failed, which is a RuntimeError here if it was neither a UserError nor an OSError there.
+        Exception: the error of ``step`` on this process; else the error on the first process that
+            failed, replaced by a RuntimeError if it is neither a UserError nor an OSError.
     """
     failure: Exception | None = None
     try:
         if not main_only or _rank() == 0:
             step()
     except Exception as error:
-        # told to the waiting processes, then raised
+        # The waiting processes learn of it first; then it is raised.
         failure = error
     known = failure is None or isinstance(failure, UserError | OSError)
     told = failure if known else RuntimeError(f"process {_rank()} failed: {failure!r}")
-    answers = gather_across_ranks(told)
+    failures = gather_across_ranks(told)
     if failure is not None:
         raise failure
-    for found in answers:
+    for found in failures:
         if found is not None:
             raise found
+
+
+# The earlier name of ``run_collectively``.
+together = run_collectively
 
 
 def _rank() -> int:
@@ -238,21 +260,21 @@ def _rank() -> int:
 
 
 def lost_peer(error: Exception) -> bool:
-    """Whether ``error`` says that another process of the group is gone, or does not answer."""
-    # NCCL's, and the store's
+    """Whether ``error`` says that another process of the group has gone or does not answer."""
+    # The errors of NCCL and of the store.
     if isinstance(error, dist.DistError):
         return True
     return type(error) is RuntimeError and "gloo/transport" in str(error)
 
 
 def barrier() -> None:
-    """Wait until every process has come this far."""
+    """Wait until every process has reached this point."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def average_buffers(model: torch.nn.Module) -> None:
-    """Make floating point buffers (batch norm statistics) equal on all processes: their mean."""
+    """Replace floating point buffers (batch norm statistics) by their mean over all processes."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         for buffer in model.buffers():
             if buffer.is_floating_point():
