@@ -9,12 +9,12 @@ from xdist.scheduler import LoadScopeScheduling
 
 from pipeline.data.ffcv_library import load_ffcv
 
-# Before a test imports FFCV itself.
+# This comes before any test imports FFCV.
 load_ffcv()
 
 
 class Sharing(LoadScopeScheduling):
-    """Tests that share something run in one process of ``pytest -n``.
+    """Run tests that share something in one process of ``pytest -n``.
 
     These are the tests of a file, those of Slurm, and those of the MLflow server.
     """
@@ -22,7 +22,7 @@ class Sharing(LoadScopeScheduling):
     def _split_scope(self, nodeid):
         file, _, _ = nodeid.partition("::")
         folder = Path(file).parent.name
-        # long tests that share nothing
+        # These are long and share nothing.
         if folder == "training":
             return nodeid
         return folder if folder in ("slurm", "tracking") else file
@@ -34,8 +34,9 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-    """Folder in which the small recipe's .beton files stand ready, for recipes whose
-    ``data.prepared`` is ``<folder>/data``.
+    """Folder with the small recipe's .beton files.
+
+    Recipes use them if their ``data.prepared`` is ``<folder>/data``.
     """
     from pipeline.data.prepare import prepare
 
@@ -46,6 +47,6 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def own_process_groups():
-    """Each test may open a process group of its own."""
+    """Let each test open a process group of its own."""
     yield
     forget_process_groups()

@@ -15,23 +15,23 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-# once for all; not FFCV, which starts threads
-IMPORTED = ["timm", "deepspeed", "mlflow"]
+# The fork server imports these once for all processes; not FFCV, which starts threads.
+PRELOADED = ["timm", "deepspeed", "mlflow"]
 
 
 def run_on(count: int, function: Callable[..., None], *arguments: object) -> None:
-    """``function(rank, count, port, *arguments)`` on ``count`` new processes.
+    """Call ``function(rank, count, port, *arguments)`` on ``count`` new processes.
 
-    An error of any is raised here. They have the environment of the first call.
+    An error of any of them is raised here. All have the environment of the first call.
     """
-    multiprocessing.set_forkserver_preload(IMPORTED)
+    multiprocessing.set_forkserver_preload(PRELOADED)
     mp.start_processes(
         function, args=(count, free_port(), *arguments), nprocs=count, start_method="forkserver"
     )
 
 
 def stand_as(rank: int, size: int, port: int) -> None:
-    """What torchrun tells a process."""
+    """Set the variables by which torchrun tells a process its place."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -42,8 +42,9 @@ def stand_as(rank: int, size: int, port: int) -> None:
 
 
 def forget_process_groups() -> None:
-    """DeepSpeed remembers the process group of its first engine for good; after this, the next one
-    may have another.
+    """Make DeepSpeed forget the process group of its first engine.
+
+    Otherwise it keeps this group for good, and the next engine cannot have another.
     """
     if "deepspeed" in sys.modules:
         import deepspeed

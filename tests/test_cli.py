@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def recipe_file(tmp_path):
-    """Writes a recipe to a file: changes -> path."""
+    """Function that writes a recipe to a file: changes -> path."""
 
     def write(**changes):
         path = tmp_path / "recipe.yaml"
@@ -36,7 +36,8 @@ def fails(capsys, arguments, *words):
     assert main(arguments) == 2
     captured = capsys.readouterr()
     last = captured.err.strip().split("\n")[-1].split("\r")[-1]
-    assert last.startswith("coda: ") and "Traceback" not in captured.err
+    assert last.startswith("coda: ")
+    assert "Traceback" not in captured.err
     for word in words:
         assert word in last, last
 
@@ -68,12 +69,10 @@ def test_a_missing_recipe(capsys, tmp_path):
 
 
 def test_a_ready_made_recipe_goes_by_its_name(capsys, tmp_path, monkeypatch):
-    assert (
-        set(recipes()) == {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
-        and shipped_folder("slurm") == ROOT / "slurm"
-    )
+    assert set(recipes()) == {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+    assert shipped_folder("slurm") == ROOT / "slurm"
     monkeypatch.chdir(tmp_path)
-    # a run of that name
+    # This is a run of that name.
     (tmp_path / "digits_resnet20").mkdir()
     assert find_recipe("digits_resnet20") == ROOT / "recipes" / "digits_resnet20.yaml"
     assert find_recipe("digits_resnet20.yaml") == Path("digits_resnet20.yaml")
@@ -129,10 +128,10 @@ def test_only_a_disk_that_is_full_or_failing_is_worth_another_try(
 
 
 NOT_UNDERSTOOD = [
-    # no file has a part in it
+    # These name no file.
     *(OSError(number, "x") for number in (errno.EINVAL, errno.ETIMEDOUT, errno.EACCES)),
     *(ConnectionResetError("x"), TimeoutError("x"), ValueError("x"), OSError("in words")),
-    # OSErrors of the network
+    # These are OSErrors of the network.
     *(requests.ConnectionError("x"), URLError("x")),
 ]
 
@@ -179,17 +178,17 @@ def test_a_package_that_cannot_be_imported(file, content, said, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "CODA_REPORTS": str(tmp_path)}
     words = [sys.executable, "-m", "pipeline", "train", "digits_resnet20"]
     run = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
-    assert run.stderr.startswith("coda: `coda train` ") and said in run.stderr
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.count("\n") == 1, run.stderr
+    assert run.stderr.startswith("coda: `coda train` ")
+    assert said in run.stderr
     assert (tmp_path / "events-0").read_text() == "mistake 0\n"
     shown = subprocess.run(
         words, capture_output=True, text=True, cwd=ROOT, env=environment | {"CODA_TRACEBACK": "1"}
     )
-    assert (
-        shown.returncode == 2
-        and shown.stderr.startswith("Traceback")
-        and shown.stderr.endswith(run.stderr)
-    )
+    assert shown.returncode == 2
+    assert shown.stderr.startswith("Traceback")
+    assert shown.stderr.endswith(run.stderr)
 
 
 def test_a_missing_data_folder(recipe_file, tmp_path, capsys):
@@ -267,7 +266,8 @@ def test_the_whole_way(recipe_file, prepared, tmp_path, capsys):
     )
     assert main(["train", path]) == 0
     table = capsys.readouterr().out
-    assert " serve --backend-store-uri sqlite:///" in table and "compareRunsMode=CHART" in table
+    assert " serve --backend-store-uri sqlite:///" in table
+    assert "compareRunsMode=CHART" in table
     run = str(tmp_path / "runs" / "small")
     evaluation = (tmp_path / "runs" / "small" / "evaluation.json").read_text()
     assert main(["export", run]) == 0
@@ -282,4 +282,5 @@ def test_the_module_is_the_command():
     run = subprocess.run(
         [sys.executable, "-m", "pipeline", "--help"], capture_output=True, text=True
     )
-    assert run.returncode == 0 and "prepare" in run.stdout
+    assert run.returncode == 0
+    assert "prepare" in run.stdout

@@ -17,8 +17,8 @@ from pipeline.distributed import (
     process_group,
     ranks,
     rendezvous,
+    run_collectively,
     sum_across_ranks,
-    together,
 )
 from pipeline.errors import UserError
 from pipeline.slurm import first_node, job_tags, report_event
@@ -33,7 +33,7 @@ from pipeline.slurm import first_node, job_tags, report_event
             {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"},
             (5, 1, 8),
         ),
-        # a batch script's own shell is no step
+        # The shell of a batch script is not a step.
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 0, 1)),
     ],
 )
@@ -46,7 +46,7 @@ def test_ranks_of_an_environment(environment, expected):
     [{"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}],
 )
 def test_half_an_environment_is_refused_by_name(environment):
-    with pytest.raises(UserError, match="environment variable (LOCAL_RANK|RANK)"):
+    with pytest.raises(UserError, match=r"environment variable (LOCAL_RANK|RANK)"):
         ranks(environment)
 
 
@@ -80,7 +80,8 @@ def test_processes_of_torchrun_meet(tmp_path):
         "import sys\n"
         "from pipeline.distributed import process_group\n"
         "with process_group() as world:\n"
-        "    sys.stdout.write(f'{world.rank} {world.size}\\n')  # at once, so that two lines do not mix\n"
+        "    # One write for each line, so that two lines do not mix.\n"
+        "    sys.stdout.write(f'{world.rank} {world.size}\\n')\n"
     )
     launcher = [
         sys.executable,
@@ -148,7 +149,7 @@ def test_a_timeout_that_is_none(monkeypatch, text):
 
 def test_reports_go_to_the_job_script(monkeypatch, tmp_path):
     monkeypatch.delenv("CODA_REPORTS", raising=False)
-    # nobody asked
+    # Nobody asked for this one.
     report_event("saved", 3)
     monkeypatch.setenv("CODA_REPORTS", str(tmp_path))
     monkeypatch.setenv("SLURM_PROCID", "1")
@@ -165,7 +166,7 @@ def _member(rank, size, port, results):
         average_buffers(norm)
         total = sum_across_ranks(torch.tensor([1.0 + rank]))
         with pytest.raises(OSError, match="full") as failure:
-            together(lambda: _fail_on(1, rank))
+            run_collectively(lambda: _fail_on(1, rank))
         gathered = gather_across_ranks(f"r{rank}")
         results.put(
             (
@@ -188,7 +189,7 @@ def _fail_in_its_own_way(rank, size, port, results):
     stand_as(rank, size, port)
     with process_group(timeout_seconds=60):
         try:
-            together(lambda: {}["nothing"], main_only=True)
+            run_collectively(lambda: {}["nothing"], main_only=True)
         except Exception as error:
             results.put((rank, repr(error)))
 
@@ -198,14 +199,15 @@ def test_an_error_that_nobody_foresaw_is_itself_where_it_happened():
     run_on(2, _fail_in_its_own_way, results)
     seen = dict(results.get() for _ in range(2))
     assert seen[0] == "KeyError('nothing')"
-    assert "process 0 failed" in seen[1] and seen[1].startswith("RuntimeError")
+    assert "process 0 failed" in seen[1]
+    assert seen[1].startswith("RuntimeError")
 
 
 def test_collectives_of_two_processes():
     results = get_context("forkserver").SimpleQueue()
     run_on(2, _member, results)
     seen = sorted(results.get() for _ in range(2))
-    # on both, so that none waits for the other
+    # It fails on both, so that neither waits for the other.
     failure = "disk of 1 is full"
     assert seen == [
         (0, True, 3.0, ["r0", "r1"], 0.5, failure),

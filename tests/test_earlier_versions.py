@@ -42,10 +42,11 @@ def losses(run):
 def test_a_run_that_was_stopped_ends_as_its_twin_did(earlier):
     assert main(["train", "runs/stopped/recipe.yaml"]) == 0
     log = losses("finished")
-    assert len(log) == 30 and losses("stopped") == pytest.approx(log, rel=1e-4)
+    assert len(log) == 30
+    assert losses("stopped") == pytest.approx(log, rel=1e-4)
     finished, resumed = weights("finished"), weights("stopped")
     assert finished.keys() == resumed.keys()
-    # bitwise only on a processor like the one it was made on
+    # They are equal bit by bit only on a processor like that of the archive.
     for name, weight in finished.items():
         torch.testing.assert_close(resumed[name], weight, rtol=1e-4, atol=1e-5, msg=name)
 
@@ -57,7 +58,7 @@ def test_prepared_data_is_whole(earlier, capsys):
 
 def test_a_finished_run_is_evaluated_compared_and_sent(earlier, capsys):
     before = Path("runs/finished/evaluation.json").read_text()
-    # all of it is in the store of results
+    # All of it is in the stored results.
     assert main(["evaluate", "runs/finished"]) == 0
     assert Path("runs/finished/evaluation.json").read_text() == before
     assert main(["sync", "runs"]) == 0
@@ -84,5 +85,6 @@ def test_public_names_keep_their_places():
     from pipeline.interpret.explain import contributions
     from pipeline.models.dau import DAUConv2d
 
-    assert contributions is pipeline.contributions and callable(pipeline.explanation_mode)
+    assert contributions is pipeline.contributions
+    assert callable(pipeline.explanation_mode)
     assert isinstance(timm.create_model("coda_xs").stage1[0], DAUConv2d)

@@ -85,7 +85,7 @@ def test_missing_and_damaged_exports_are_one_line(tmp_path, capsys):
         ({"architecture": "coda_sx"}, "coda_sx"),
         ({"num_classes": 7}, "10 of 7 classes"),
         ({"model_args": [1]}, "model_args"),
-        # of another rank
+        # The weights are of another rank.
         ({"model_args": {}}, "size mismatch"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What an import costs and does: no heavy library for a model, and nothing but names."""
+"""Cost and effect of an import: no heavy library for a model, and nothing but names."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ print([name for name in {HEAVY} if name in sys.modules])
 
 EVERYTHING = """
 import atexit, importlib, json, logging, os, pathlib, signal, sys, threading, warnings
-# What these libraries do when they are imported is theirs.
+# The effects of these libraries are not the pipeline's.
 import cv2, matplotlib.figure, numba, requests, scipy, sklearn, timm, torch, torchvision, tqdm, yaml
 import torch.utils._python_dispatch
 
@@ -28,6 +28,7 @@ def state():
     loggers = {name: (logger.level, len(logger.handlers), logger.disabled)
                for name, logger in sorted(logging.root.manager.loggerDict.items())
                if isinstance(logger, logging.Logger) and (logger.level or logger.handlers)}
+    libraries = ("ffcv", "deepspeed", "mlflow", "captum")
     return {
         "environment": dict(os.environ),
         "threads": [torch.get_num_threads(), threading.active_count()],
@@ -38,7 +39,7 @@ def state():
         "warnings": len(warnings.filters),
         "layer": numba.config.THREADING_LAYER,
         "files": sorted(map(str, pathlib.Path.cwd().rglob("*"))),
-        "libraries": [name for name in ("ffcv", "deepspeed", "mlflow", "captum") if name in sys.modules],
+        "libraries": [name for name in libraries if name in sys.modules],
     }
 
 before = state()
@@ -61,7 +62,7 @@ def run(code, folder, *arguments):
     here = folder / "here"
     here.mkdir()
     environment = {"PYTHONPATH": str(ROOT), "PATH": "", "TMPDIR": str(here), "HOME": str(here)}
-    # matplotlib makes its folder when it is imported.
+    # Matplotlib makes its folder when it is imported.
     environment |= {"PYTHONDONTWRITEBYTECODE": "1", "MPLCONFIGDIR": str(folder / "matplotlib")}
     words = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(words, cwd=here, env=environment, capture_output=True, text=True)

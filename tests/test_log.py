@@ -36,5 +36,6 @@ def test_a_library_keeps_its_own_logging(caplog, capsys):
         pass
     log.warning("mind")
     logger = logging.getLogger("pipeline")
-    assert caplog.messages == ["mind"] and not capsys.readouterr().err
+    assert caplog.messages == ["mind"]
+    assert not capsys.readouterr().err
     assert (logger.level, logger.handlers) == before

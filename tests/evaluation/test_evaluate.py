@@ -1,6 +1,4 @@
-"""Evaluation on real .beton files: the same numbers for any number of processes, and those a plain
-loop gives.
-"""
+"""Evaluation on real .beton files: the numbers of a plain loop, for any number of processes."""
 
 from multiprocessing import get_context
 from typing import get_args
@@ -31,8 +29,9 @@ CHANGES |= dict(evaluation__removal_images=7, evaluation__alignment_images=20)
 
 
 class Oracle(nn.Module):
-    """Knows the label of every validation image by its pixels; logit +5 for it and -5 for the
-    others.
+    """A model that knows every validation image by its pixels.
+
+    The logit of its label is +5, that of the other classes -5.
     """
 
     def __init__(self, loader):
@@ -113,11 +112,12 @@ def test_any_number_of_processes_gives_the_same_result(prepared):
             untrained(recipe), recipe, eval_loader(recipe, World(), 50), World(), EVERYTHING
         )
         alone[changes["model__name"]] = result
-        assert result.values["val/top1"] < 1 and set(result.values) >= {
+        assert result.values["val/top1"] < 1
+        assert set(result.values) >= {
             "interp/completeness_error",
             "interp/grids",
         }
-    # once: it is also the junction
+    # The input comes once, though it is also the junction.
     assert [row["layer"] for row in alone["coda_s"].tables["localisation"]] == ["input"]
     results = get_context("forkserver").SimpleQueue()
     run_on(3, _member, prepared, each, results)
@@ -133,7 +133,8 @@ def test_any_number_of_processes_gives_the_same_result(prepared):
 
 
 def test_names_of_recipe_and_tracking_are_those_of_the_tables(prepared):
-    assert set(get_args(MetricName)) == set(METRICS) and set(get_args(MethodName)) == set(METHODS)
+    assert set(get_args(MetricName)) == set(METRICS)
+    assert set(get_args(MethodName)) == set(METHODS)
     recipe = small_recipe(
         prepared, **CHANGES, model__args={"rank": 2, "temperature": 1.0, "logit_bias": 1.0}
     )
@@ -166,8 +167,10 @@ def test_names_of_recipe_and_tracking_are_those_of_the_tables(prepared):
 
 
 class Corner(Oracle):
-    """Logit of the image's own label: +4 while its first pixel is there, -4 once it is removed; the
-    others are -9.
+    """A model that looks at the first pixel only.
+
+    The logit of class 0 is +4 while this pixel is there and -4 once it is removed; the logits of
+    the other classes are -9.
     """
 
     def forward(self, images):
@@ -179,7 +182,7 @@ class Corner(Oracle):
         )
 
     def encode(self, images):
-        # no pixel of any image is 0, which only removal makes it
+        # Only removal makes a pixel 0.
         return 1 + images
 
     def forward_encoded(self, encoded):
@@ -187,9 +190,7 @@ class Corner(Oracle):
 
 
 def test_pixel_removal_of_a_model_that_looks_at_one_pixel(prepared):
-    """Its maps are zero, so that pixels go in row-major order in either direction: the one that
-    counts goes first.
-    """
+    """Its maps are zero, so that pixels go in row-major order, and the one that counts first."""
     recipe = small_recipe(prepared, **CHANGES)
     loader = eval_loader(recipe, World(), 50)
     rows = evaluate(Corner(loader), recipe, loader, World(), ("pixel_removal",)).tables[

@@ -1,6 +1,4 @@
-"""Runs beside each other: the same numbers in the table, on the page, in the picture, and behind
-MLflow's address.
-"""
+"""Comparisons: the same numbers in the table, on the page, in the picture and in MLflow."""
 
 import json
 import re
@@ -57,9 +55,8 @@ def test_the_same_comparison_as_text_page_and_picture(tmp_path):
         evaluated(tmp_path, name, "http://mlflow.lab:5000", top1, rank=rank)
     runs = find_runs([str(tmp_path / "low"), str(tmp_path / "high")], tmp_path)
     assert differences(runs) == {"model.args.rank": ["2", "4"]}
-    assert re.search(
-        r"low +0\.7500 +2\.0e-07 +0\.2250 +0\.8000", table(runs)
-    ) and "chance 0.111" in table(runs)
+    assert re.search(r"low +0\.7500 +2\.0e-07 +0\.2250 +0\.8000", table(runs))
+    assert "chance 0.111" in table(runs)
     page = write_comparison(runs, tmp_path / "out").read_text()
     for shown in (
         "0.7500",
@@ -69,13 +66,12 @@ def test_the_same_comparison_as_text_page_and_picture(tmp_path):
         "low: contributions",
     ):
         assert shown in page
-    assert (
-        page.count("data:image/png;base64,") == 3
-        and 'src="http' not in page
-        and "<script" not in page
-    )
+    assert page.count("data:image/png;base64,") == 3
+    assert 'src="http' not in page
+    assert "<script" not in page
     with Image.open(tmp_path / "out" / "comparison.png") as picture:
-        assert picture.width > 1000 and len(picture.convert("RGB").getcolors(2**20)) > 50
+        assert picture.width > 1000
+        assert len(picture.convert("RGB").getcolors(2**20)) > 50
     assert (tmp_path / "out" / "comparison.pdf").read_bytes().startswith(b"%PDF")
 
 
@@ -90,7 +86,8 @@ def test_seeds_of_one_recipe_are_averaged(tmp_path):
     runs = find_runs([str(tmp_path / name) for name in ("a", "other", "b", "c")], tmp_path)
     *_, mean, _, _ = table(runs).splitlines()
     assert re.fullmatch(
-        r"a and 2 more +0\.8000 ± 0\.1000 +2\.0e-07 ± 0\.0e\+00 +0\.2400 ± 0\.0300 +0\.8000 ± 0\.0000 +- +-",
+        r"a and 2 more +0\.8000 ± 0\.1000 +2\.0e-07 ± 0\.0e\+00 +0\.2400 ± 0\.0300 "
+        r"+0\.8000 ± 0\.0000 +- +-",
         mean,
     )
     assert "<td>0.8000 ± 0.1000</td>" in write_comparison(runs, tmp_path / "out").read_text()
@@ -98,32 +95,26 @@ def test_seeds_of_one_recipe_are_averaged(tmp_path):
 
 def test_scores_of_a_layer_come_together():
     runs = RecipeCurves("two", [], [[(0.5, 0.2), (0.1, 0.8)], [(0.1, 0.6), (0.5, 0.4)]])
-    assert (
-        runs.points == [(0.1, [0.8, 0.6]), (0.5, [0.2, 0.4])]
-        and RecipeCurves("none", [{}], []).points == []
-    )
+    assert runs.points == [(0.1, [0.8, 0.6]), (0.5, [0.2, 0.4])]
+    assert RecipeCurves("none", [{}], []).points == []
 
 
 def test_mlflow_shows_exactly_these_runs(tmp_path):
     for name in ("a", "b"):
         evaluated(tmp_path, name, "http://mlflow.lab:5000/", 0.5)
     evaluated(tmp_path, "c", None, 0.5)
-    served, local = sorted(
-        mlflow_pages(find_runs([str(tmp_path / name) for name in "abc"], tmp_path))
-    )[::-1]
-    assert (
-        served[1] is None
-        and local[1] == f"coda serve --backend-store-uri sqlite:///{tmp_path / 'mlflow.db'}"
-    )
+    runs = find_runs([str(tmp_path / name) for name in "abc"], tmp_path)
+    local, served = sorted(mlflow_pages(runs))
+    assert served[1] is None
+    assert local[1] == f"coda serve --backend-store-uri sqlite:///{tmp_path / 'mlflow.db'}"
     address = urlsplit(urlsplit(served[0]).fragment)
     query = parse_qs(address.query)
-    assert (
-        served[0].startswith("http://mlflow.lab:5000/#/") and address.path == "/experiments/7/runs"
-    )
-    assert query["compareRunsMode"] == ["CHART"] and query["searchFilter"] == [
-        "attributes.run_id IN ('id-a', 'id-b')"
-    ]
-    assert local[0].startswith("http://127.0.0.1:5000/#/experiments/7/runs?") and "id-c" in local[0]
+    assert served[0].startswith("http://mlflow.lab:5000/#/")
+    assert address.path == "/experiments/7/runs"
+    assert query["compareRunsMode"] == ["CHART"]
+    assert query["searchFilter"] == ["attributes.run_id IN ('id-a', 'id-b')"]
+    assert local[0].startswith("http://127.0.0.1:5000/#/experiments/7/runs?")
+    assert "id-c" in local[0]
 
 
 def test_a_command_ends_with_what_to_do_next(tmp_path, monkeypatch):
@@ -151,7 +142,8 @@ def test_a_command_ends_with_what_to_do_next(tmp_path, monkeypatch):
         "venv/bin/coda sync runs/c",
         "venv/bin/coda serve",
     ]
-    assert "      http://mlflow.lab:5000/#/" in text and "      http://127.0.0.1:5000/#/" in text
+    assert "      http://mlflow.lab:5000/#/" in text
+    assert "      http://127.0.0.1:5000/#/" in text
     monkeypatch.setenv("PATH", str(tmp_path / "venv" / "bin"))
     (tmp_path / "venv" / "bin" / "coda").chmod(0o755)
     assert "  coda explain runs/a IMAGE" in closing(find_runs(["runs/a"], tmp_path))
@@ -174,7 +166,7 @@ def test_an_experiment_and_a_sweep_name_their_runs(tmp_path):
         "b",
     ]
     with pytest.raises(
-        UserError, match="nothing: is not a run's folder.*experiments there: digits, other"
+        UserError, match=r"nothing: is not a run's folder.*experiments there: digits, other"
     ):
         find_runs(["nothing"], tmp_path)
 
@@ -187,11 +179,9 @@ def test_the_command_opens_what_it_prints(tmp_path, monkeypatch, capsys):
     evaluated(tmp_path, "a", "http://mlflow.lab:5000", 0.5)
     evaluated(tmp_path, "b", None, 0.5)
     assert main(["compare", str(tmp_path / "a"), "--open"]) == 0
-    assert (
-        len(opened) == 1
-        and opened[0].startswith("http://mlflow.lab:5000/#/")
-        and opened[0] in capsys.readouterr().out
-    )
+    assert len(opened) == 1
+    assert opened[0].startswith("http://mlflow.lab:5000/#/")
+    assert opened[0] in capsys.readouterr().out
     assert main(["compare", str(tmp_path / "b"), "--open", "--output", str(tmp_path / "out")]) == 0
     assert opened[1:] == [(tmp_path / "out" / "comparison.html").as_uri()]
     assert " serve --backend-store-uri sqlite:///" in capsys.readouterr().out

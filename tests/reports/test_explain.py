@@ -1,6 +1,4 @@
-"""``coda explain`` on real files: images, a folder with a broken one, a video; and a user's
-mistakes.
-"""
+"""``coda explain`` on real files, some of them broken, and the mistakes of a user."""
 
 import cv2
 import numpy as np
@@ -59,19 +57,16 @@ def test_a_folder_with_a_broken_image(exported, tmp_path, capsys):
     )
     captured = capsys.readouterr()
     assert captured.out.strip() == str(tmp_path / "out" / "index.html")
-    assert (
-        "left out" in captured.err
-        and "broken.png" in captured.err
-        and "notes.txt" not in captured.err
-    )
+    assert "left out" in captured.err
+    assert "broken.png" in captured.err
+    assert "notes.txt" not in captured.err
     page = (tmp_path / "out" / "index.html").read_text()
-    assert page.count("<section>") == 2 and page.count("data:image/png;base64,") == 4
-    assert (
-        "&lt;i&gt;a&amp;b.png" in page
-        and "<i>" not in page
-        and "<b>" not in page
-        and "broken.png" in page
-    )
+    assert page.count("<section>") == 2
+    assert page.count("data:image/png;base64,") == 4
+    assert "&lt;i&gt;a&amp;b.png" in page
+    assert "<i>" not in page
+    assert "<b>" not in page
+    assert "broken.png" in page
     assert "http" not in page.replace("http-equiv", "")
 
 
@@ -96,13 +91,12 @@ def test_a_video(exported, tmp_path):
         == 0
     )
     with Image.open(tmp_path / "out" / "video.gif") as moving:
-        assert moving.n_frames == 6 and moving.size[0] == 2 * moving.size[1]
+        assert moving.n_frames == 6
+        assert moving.size[0] == 2 * moving.size[1]
     page = (tmp_path / "out" / "index.html").read_text()
-    assert (
-        page.count("data:image/gif") == 1
-        and page.count("data:image/png") == 4
-        and "&lt;b&gt;one" in page
-    )
+    assert page.count("data:image/gif") == 1
+    assert page.count("data:image/png") == 4
+    assert "&lt;b&gt;one" in page
 
 
 @pytest.mark.parametrize(
@@ -130,7 +124,8 @@ def test_mistakes_end_in_one_line(exported, tmp_path, capfd, name, content, opti
         == 2
     )
     last = capfd.readouterr().err.strip().split("\n")[-1].split("\r")[-1]
-    assert last.startswith("coda: ") and all(word in last for word in words), last
+    assert last.startswith("coda: "), last
+    assert all(word in last for word in words), last
     assert not (tmp_path / "out").exists()
 
 
@@ -138,11 +133,12 @@ def test_the_model_sees_what_evaluation_shows(exported):
     """The stored pixels where they fit, else the central square less the margin."""
     explainer = Explainer(RunFolder(exported))
     small = explainer.view(digit(5))
-    assert small.shape == (3, 8, 8) and torch.equal(
+    assert small.shape == (3, 8, 8)
+    assert torch.equal(
         (small * 255).round().byte()[0], torch.from_numpy(np.array(digit(5)))[..., 0]
     )
     large = np.zeros((64, 100, 3), np.uint8)
-    # the central 56 x 56 pixels, 7/8 of 64
+    # These are the central 56 x 56 pixels, 7/8 of 64.
     large[4:60, 22:78] = 200
     assert explainer.view(Image.fromarray(large)).min() > 0.77
     large[3:61, 21:79] = 0

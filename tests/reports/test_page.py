@@ -1,4 +1,4 @@
-"""The page shows what it was given, whatever characters that holds, and needs nothing but itself."""
+"""The page shows all that it is given, whatever the characters, and needs nothing else."""
 
 import base64
 from html.parser import HTMLParser
@@ -31,8 +31,10 @@ def test_a_page_of_nasty_names(tmp_path):
     write_page(tmp_path / "page.html", NASTY, [NASTY], [section], [NASTY])
     text = (tmp_path / "page.html").read_text()
     page = Reader(text)
-    assert text.count("<script") == 0 and "http://" not in text and "https://" not in text
-    # title, heading, note, left out, section, class, caption
+    assert text.count("<script") == 0
+    assert "http://" not in text
+    assert "https://" not in text
+    # It stands in title, heading, note, list of the left out, section, class and caption.
     assert page.text.count(NASTY) == 7
     (image,) = [attributes for tag, attributes in page.tags if tag == "img"]
     assert image["alt"] == NASTY
@@ -40,6 +42,5 @@ def test_a_page_of_nasty_names(tmp_path):
         base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))
         == (tmp_path / "a.png").read_bytes()
     )
-    assert (
-        "default-src 'none'" in dict(page.tags)["meta"].get("content", "") and "0.250" in page.text
-    )
+    assert "default-src 'none'" in dict(page.tags)["meta"].get("content", "")
+    assert "0.250" in page.text

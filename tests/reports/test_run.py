@@ -1,6 +1,4 @@
-"""A second evaluation computes nothing, an interrupted one goes on, and what decides a result
-decides whether it is used.
-"""
+"""The report of a run: nothing is computed twice, and an interrupted evaluation continues."""
 
 import csv
 import json
@@ -30,7 +28,7 @@ SMALL = {
     "completeness_images": 5,
     "batch_size": 100,
 }
-# so that an untrained network is confident now and then
+# With these, an untrained network is confident now and then.
 ARGS = {"rank": 2, "temperature": 1.0, "logit_bias": 1.0}
 
 
@@ -52,7 +50,7 @@ def exported(prepared, tmp_path):
 
 @pytest.fixture
 def computed(monkeypatch):
-    """Names of the metrics that are really computed, in order, with their methods."""
+    """Metrics that are really computed, in order, with their methods."""
     names = []
     for name, metric in METRICS.items():
 
@@ -78,16 +76,18 @@ def test_nothing_is_computed_twice_and_everything_stays_known(exported, computed
         "methods.png",
     } <= {path.name for path in files}
     again = report(exported, recipe, World())
-    assert len(computed) == 6 and again == first
+    assert len(computed) == 6
+    assert again == first
     assert {
         path: path.stat().st_mtime_ns for path in exported.rglob("*") if path.is_file()
     } == files
     less = report(exported, changed(exported, ["completeness"]), World())
     assert computed[6:] == [("completeness", "contributions")]
-    # evaluation.json keeps what is known
+    # The file keeps what is known.
     assert set(less.values) == set(first.values) | {"interp/completeness_error"}
     rows = list(csv.DictReader((exported / "tables" / "pixel_removal.csv").open()))
-    assert len(rows) == 2 * 2 * 17 and {row["method"] for row in rows} == {
+    assert len(rows) == 2 * 2 * 17
+    assert {row["method"] for row in rows} == {
         "contributions",
         "gradcam",
     }
@@ -116,11 +116,11 @@ def test_settings_weights_and_images_decide(exported, computed, prepared, tmp_pa
         changed(exported, ["completeness"], completeness_images=6, grids=1, every_epochs=3),
         World(),
     )
-    # its own setting counts, those of others do not
+    # Its own setting counts, those of other metrics do not.
     assert len(computed) == 2
     other = small_recipe(prepared, model__args={**ARGS, "temperature": 2.0})
     torch.manual_seed(1)
-    # the same weights at another T
+    # This has the same weights at another temperature.
     export(build_model(other.model, 10), other, [str(c) for c in range(10)], tmp_path / "other")
     shutil.copytree(exported / "results", tmp_path / "other" / "results")
     report(tmp_path / "other", changed(tmp_path / "other", ["completeness"]), World())
@@ -129,7 +129,7 @@ def test_settings_weights_and_images_decide(exported, computed, prepared, tmp_pa
     shutil.copytree(prepared / "data", data)
     beton = next(data.rglob("val.beton"))
     pixels = bytearray(beton.read_bytes())
-    # among the images, which no table covers
+    # This byte lies among the images, which no table covers.
     pixels[len(pixels) // 2] ^= 255
     beton.write_bytes(pixels)
     moved = load_stored(
@@ -164,10 +164,8 @@ def test_the_command_line_evaluates_into_the_same_run(prepared, tmp_path, capsys
     )
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe.to_dict()))
     assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
-    run, settings = (
-        str(recipe.folder.path),
-        [f"evaluation.{key}={value}" for key, value in SMALL.items()],
-    )
+    run = str(recipe.folder.path)
+    settings = [f"evaluation.{key}={value}" for key, value in SMALL.items()]
     before = (recipe.folder.path / "run_id").read_text()
     assert (
         main(
@@ -178,7 +176,8 @@ def test_the_command_line_evaluates_into_the_same_run(prepared, tmp_path, capsys
     client = mlflow_client(recipe.tracking_uri)
     mlflow_run = client.get_run(before)
     values = json.loads((recipe.folder.evaluation).read_text())["values"]
-    assert mlflow_run.info.status == "FINISHED" and "interp/gradient/pixel_removal_most" in values
+    assert mlflow_run.info.status == "FINISHED"
+    assert "interp/gradient/pixel_removal_most" in values
     assert {name: mlflow_run.data.metrics[name] for name in values} == pytest.approx(values)
     assert [run.info.run_id for run in client.search_runs([mlflow_run.info.experiment_id])] == [
         before

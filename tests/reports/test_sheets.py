@@ -58,11 +58,15 @@ def test_sheet_shows_images_and_maps_on_a_symmetric_scale(tmp_path, monkeypatch)
     picture = axes[1].images[0]
     drawn = picture.get_array()
     assert (picture.norm.vmin, picture.norm.vmax) == (-1, 1)
-    assert drawn[0, 0] == 1 and -1 < drawn[1, 1] < -0.4 and drawn[2, 2] == 0
-    # each map has its own scale
+    assert drawn[0, 0] == 1
+    assert -1 < drawn[1, 1] < -0.4
+    assert drawn[2, 2] == 0
+    # Each map has its own scale.
     assert axes[4].images[0].get_array()[2, 2] == 1
     blue, white, red = (picture.cmap(picture.norm(value))[:3] for value in (-1, 0, 1))
-    assert blue[2] > blue[0] and min(white) > 0.95 and red[0] > red[2]
+    assert blue[2] > blue[0]
+    assert min(white) > 0.95
+    assert red[0] > red[2]
 
 
 def test_sheet_without_contributions_at_all(tmp_path):
@@ -77,11 +81,11 @@ def test_sheet_without_contributions_at_all(tmp_path):
 
 def test_colour_rendering_shows_what_contributes():
     contributions = torch.zeros(6, 2, 2)
-    # red
+    # Red.
     contributions[:, 0, 0] = torch.tensor([1.0, 0, 0, 0, 1, 1])
-    # black
+    # Black.
     contributions[:, 0, 1] = torch.tensor([0.0, 0, 0, 1, 1, 1])
-    # against the class in sum
+    # Against the class, in sum.
     contributions[:, 1, 0] = torch.tensor([1.0, 1, 1, -4, 0, 0])
     picture = colour_rendering(contributions)
     assert picture.shape == (3, 2, 2)
@@ -94,7 +98,8 @@ def test_strength_is_opacity():
     contributions = torch.zeros(6, 1, 2)
     contributions[0, 0] = torch.tensor([2.0, 1.0])
     strong, weak = colour_rendering(contributions)[0, 0].tolist()
-    assert strong == 1 and BACKGROUND < weak < strong
+    assert strong == 1
+    assert BACKGROUND < weak < strong
 
 
 def test_depth_curves_show_points_threshold_and_chance(tmp_path, monkeypatch):
@@ -108,7 +113,8 @@ def test_depth_curves_show_points_threshold_and_chance(tmp_path, monkeypatch):
     assert lines["chance 0.111"].get_ydata()[0] == 1 / 9
     assert lines["resnet20"].get_color() != lines["coda_resnet20"].get_color()
     assert lines["resnet20"].get_marker() != lines["coda_resnet20"].get_marker()
-    assert "distance" in axis.get_xlabel() and "localisation" in axis.get_ylabel()
+    assert "distance" in axis.get_xlabel()
+    assert "localisation" in axis.get_ylabel()
     assert len(axis.get_legend().get_texts()) == 4
 
 
@@ -116,7 +122,7 @@ def test_full_disk_leaves_the_old_picture(tmp_path):
     path = tmp_path / "depth.png"
     depth_curves(CURVES, 1 / 9, path)
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    # bytes in a file; the picture needs more
+    # The picture needs more bytes than this.
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(
