@@ -1,13 +1,11 @@
-"""The penalty on the dynamic weights against weights that are formed and multiplied one layer after
-the other.
-"""
+"""The penalty on the dynamic weights, against weights that are formed layer by layer."""
 
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from recipes_for_tests import small_recipe
 from torch import nn
+from torch.nn.functional import fold, unfold
 
 from pipeline.distributed import process_group
 from pipeline.errors import UserError
@@ -35,13 +33,14 @@ class Chain(nn.Module):
 
 
 def rescaled_weights(layer, x):
-    """Every dynamic weight after its rescaling, (B, O, d, L) with d ordered channel, row, column;
-    differentiable.
+    """Every dynamic weight after its rescaling, differentiable, and the patches.
+
+    The weights are (B, O, d, L), with d in the order channel, row, column.
     """
-    patches = F.unfold(x, layer.kernel_size, stride=layer.stride, padding=layer.padding)
+    patches = unfold(x, layer.kernel_size, stride=layer.stride, padding=layer.padding)
     z = layer.down(x).flatten(2)
     k = layer.kernel_size**2
-    # row, column, channel -> channel, row, column
+    # The order row, column, channel becomes channel, row, column.
     a = layer.up_weight.unflatten(1, (k, -1)).transpose(1, 2).flatten(1, 2)
     w = torch.einsum("odr,brl->bodl", a, z)
     if layer.up_bias is not None:
@@ -55,17 +54,16 @@ def rescaled_weights(layer, x):
 
 
 def slow(model, x, classes):
-    """mean |W| over the listed classes (K, B), from the network's definition."""
+    """Mean |W| over the listed classes (K, B), from the network's definition."""
     features = model.stem(x).relu()
     w1, patches = rescaled_weights(model.first, features)
     hidden = (w1 * patches[:, None]).sum(2).unflatten(2, (3, 3))
-    # (B, 6, 5, L): kernel 1
-    w2, _ = rescaled_weights(model.last, hidden)
+    w2, _ = rescaled_weights(model.last, hidden)  # (B, 6, 5, L), as its kernel is 1
     total = 0
     for chosen in classes:
         of_hidden = w2[torch.arange(len(x)), chosen]  # (B, 5, L)
         of_patches = (of_hidden[:, :, None] * w1).sum(1)  # (B, d, L)
-        total = total + F.fold(of_patches, features.shape[2:], 3, stride=2, padding=1).abs().mean()
+        total = total + fold(of_patches, features.shape[2:], 3, stride=2, padding=1).abs().mean()
     return total / len(classes)
 
 
@@ -88,7 +86,8 @@ def test_value_and_gradients_are_those_of_the_formed_weights(norm):
 def test_classes_are_the_label_and_others_that_change_with_the_update():
     penalty, labels = DynamicWeightPenalty(Chain("sq"), 1.0, seed=1), torch.tensor([0, 3, 9])
     drawn = [penalty.classes(labels, 10, update) for update in (0, 0, 1)]
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
     assert torch.equal(drawn[0][:, 0], labels)
     assert all(
         len(set(row)) == CLASSES and 0 <= min(row) <= max(row) < 10 for row in drawn[0].tolist()
@@ -97,7 +96,7 @@ def test_classes_are_the_label_and_others_that_change_with_the_update():
 
 
 def mean_weight(recipe):
-    """mean |W| of the exported network, over all classes of random images."""
+    """Mean |W| of the exported network, over all classes of random images."""
     model = load_export(recipe.folder.path / "export")
     x = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     classes = torch.arange(10).expand(16, -1)
@@ -110,7 +109,7 @@ def mean_weight(recipe):
 
 
 def test_training_with_the_penalty_makes_the_weights_smaller(prepared, tmp_path):
-    # imports DeepSpeed
+    # This imports DeepSpeed.
     from pipeline.training.run import train
 
     changes = [

@@ -23,6 +23,6 @@ def test_the_loss_of_shared_targets_is_the_shared_loss(name):
         )
         for labels in (first, second)
     ]
-    # both losses are linear in the targets
+    # Both losses are linear in the targets.
     expected = (share * alone[0] + (1 - share) * alone[1]).mean()
     torch.testing.assert_close(LOSSES[name](logits, soft_targets(targets, 4, 0.1)), expected)
