@@ -20,6 +20,9 @@ log = logging.getLogger("pipeline.some.room")
     ],
 )
 def test_the_main_process_reports(environment, shown, monkeypatch, capsys):
+    # A process group of an earlier test may have left its rank.
+    for name in ("RANK", "SLURM_PROCID", "CODA_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with log_to_stderr():

@@ -27,7 +27,7 @@ def test_a_broken_image_on_one_process_ends_all(tmp_path):
     (reader,) = (
         rank
         for rank in range(2)
-        if SAMPLE in train_loader(recipe, World(rank, rank, 2), 64)._order(0)
+        if SAMPLE in train_loader(recipe, World(rank, rank, 2), 64)._visit.order(0)
     )
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
     processes = []
@@ -62,7 +62,7 @@ def test_it_does_so_before_the_batches_that_follow(tmp_path):
     recipe = small_recipe(tmp_path, data__write_mode="jpg")
     prepare(recipe)
     loader = train_loader(recipe, World(), 128)
-    sample = int(loader._order(0)[3 * 128 + 5])
+    sample = int(loader._visit.order(0)[3 * 128 + 5])
     damage(recipe.data.folder / "train.beton", sample)
     seen = []
 
