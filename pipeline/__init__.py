@@ -1,7 +1,7 @@
-"""Train image classifiers that explain themselves. Importing this package registers its models in
-timm.
+"""Train image classifiers that explain themselves.
 
-``contributions`` and ``explanation_mode`` explain a model; torch and timm are all they need.
+Importing this package registers its models in timm. ``contributions`` and ``explanation_mode``
+explain a model; torch and timm are all they need.
 """
 
 import sys

@@ -1,3 +1,5 @@
+"""``python -m pipeline`` is ``coda``."""
+
 import sys
 
 from pipeline.cli import main

@@ -251,10 +251,6 @@ def run_collectively(step: Callable[[], object], *, main_only: bool = False) -> 
             raise found
 
 
-# The earlier name of ``run_collectively``.
-together = run_collectively
-
-
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

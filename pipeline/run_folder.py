@@ -49,7 +49,7 @@ class RunFolder:
 
     @property
     def first_error(self) -> Path:
-        """The first error of any process of the newest start."""
+        """The first error of any process of the newest start that had one."""
         return self.path / "first_error.txt"
 
     @property

@@ -1,5 +1,7 @@
-"""The house rules that a reader relies on: imports point one way, and three libraries each live in
-one room.
+"""The house rules that a reader relies on.
+
+Imports point one way, three libraries live in one room each, and files, functions and lines are
+short.
 """
 
 import ast

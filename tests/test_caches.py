@@ -100,7 +100,8 @@ def test_a_chosen_folder_that_is_unsafe_is_one_line(temporary, monkeypatch, plan
 
 def test_numba_keeps_what_it_compiles_there(temporary):
     # Numba is imported first, and has looked for its folder already.
-    program = "import numba; from pipeline.data.ffcv_library import load_ffcv; load_ffcv(); print(numba.config.CACHE_DIR)"
+    load = "from pipeline.data.ffcv_library import load_ffcv; load_ffcv()"
+    program = f"import numba; {load}; print(numba.config.CACHE_DIR)"
     variables = {name: value for name, value in os.environ.items() if value} | {
         "CODA_CACHE": str(temporary / "mine")
     }

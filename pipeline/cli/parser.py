@@ -2,9 +2,11 @@
 
 import argparse
 from pathlib import Path
+from typing import TypeAlias
 
 from pipeline.cli import commands
 
+Group: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 RECIPE_HELP = "YAML file, or the name of a ready-made recipe: see `coda recipes`"
 
 
@@ -42,7 +44,7 @@ class _Command:
 
     def __init__(
         self,
-        group: argparse._SubParsersAction,
+        group: Group,
         name: str,
         text: str,
         extra: str = "",
@@ -67,7 +69,7 @@ class _Command:
         self.parser.add_argument("--runs", type=Path, default=Path("runs"), help=text)
 
 
-def _add_doctor(group: argparse._SubParsersAction) -> None:
+def _add_doctor(group: Group) -> None:
     command = _Command(
         group, "doctor", "Check this machine, with the remedy beside each failure.", models=False
     )
@@ -77,17 +79,17 @@ def _add_doctor(group: argparse._SubParsersAction) -> None:
     command.runs("folder of the runs (its disk is checked)")
 
 
-def _add_recipes(group: argparse._SubParsersAction) -> None:
+def _add_recipes(group: Group) -> None:
     text = "List the ready-made recipes, and where they and the job scripts for Slurm are."
     _Command(group, "recipes", text, models=False)
 
 
-def _add_prepare(group: argparse._SubParsersAction) -> None:
+def _add_prepare(group: Group) -> None:
     command = _Command(group, "prepare", "Write the .beton files of a recipe's data set.", "train")
     command.recipe("such as data.workers=8")
 
 
-def _add_train(group: argparse._SubParsersAction) -> None:
+def _add_train(group: Group) -> None:
     text = (
         "Train a recipe, or continue where it was stopped; ends with export, evaluation and "
         "pictures."
@@ -95,7 +97,7 @@ def _add_train(group: argparse._SubParsersAction) -> None:
     _Command(group, "train", text, "train").recipe("such as training.epochs=3")
 
 
-def _add_verify(group: argparse._SubParsersAction) -> None:
+def _add_verify(group: Group) -> None:
     text = "Decode everything in a prepared folder and compare it with its manifest."
     command = _Command(group, "verify", text, "train")
     command.parser.add_argument(
@@ -106,7 +108,7 @@ def _add_verify(group: argparse._SubParsersAction) -> None:
     command.overrides("of the recipe")
 
 
-def _add_plan(group: argparse._SubParsersAction) -> None:
+def _add_plan(group: Group) -> None:
     text = (
         "Say what a recipe needs and costs on a kind of GPU, from published numbers, or on this "
         "processor."
@@ -120,12 +122,12 @@ def _add_plan(group: argparse._SubParsersAction) -> None:
     add("--images", type=int, help="training images, where the source does not say")
 
 
-def _add_export(group: argparse._SubParsersAction) -> None:
+def _add_export(group: Group) -> None:
     text = "Write the newest checkpoint of a run as model.safetensors + config.json."
     _Command(group, "export", text).parser.add_argument("folder", type=Path, metavar="RUN")
 
 
-def _add_evaluate(group: argparse._SubParsersAction) -> None:
+def _add_evaluate(group: Group) -> None:
     text = (
         "Evaluate the export of a run: computes what is missing; writes evaluation.json, tables, "
         "pictures."
@@ -143,7 +145,7 @@ def _add_evaluate(group: argparse._SubParsersAction) -> None:
     )
 
 
-def _add_explain(group: argparse._SubParsersAction) -> None:
+def _add_explain(group: Group) -> None:
     text = "Show what in images or a video speaks for and against classes, as one HTML page."
     parser = _Command(group, "explain", text, "explain").parser
     parser.add_argument("folder", type=Path, metavar="RUN|EXPORT")
@@ -163,7 +165,7 @@ def _add_explain(group: argparse._SubParsersAction) -> None:
     )
 
 
-def _add_compare(group: argparse._SubParsersAction) -> None:
+def _add_compare(group: Group) -> None:
     text = "Show evaluated runs beside each other: here, as one page and picture, and in MLflow."
     command = _Command(group, "compare", text, "train")
     command.parser.add_argument(
@@ -183,14 +185,14 @@ def _add_compare(group: argparse._SubParsersAction) -> None:
     )
 
 
-def _add_models(group: argparse._SubParsersAction) -> None:
+def _add_models(group: Group) -> None:
     text = "Print what the CoDA networks cost, for every junction, as a markdown table."
     parser = _Command(group, "models", text).parser
     parser.add_argument("names", nargs="*", metavar="MODEL", help="all if none is named")
     parser.add_argument("--time", action="store_true", help="also measure CPU time; takes minutes")
 
 
-def _add_serve(group: argparse._SubParsersAction) -> None:
+def _add_serve(group: Group) -> None:
     text = "Start MLflow's server: for this machine, or with --host for a team."
     command = _Command(group, "serve", text, "server")
     command.runs("folder of the runs: its mlflow.db and mlartifacts are shown")
@@ -207,7 +209,7 @@ def _add_serve(group: argparse._SubParsersAction) -> None:
     add("--credentials", type=Path, help=text)
 
 
-def _add_sync(group: argparse._SubParsersAction) -> None:
+def _add_sync(group: Group) -> None:
     text = "Send what MLflow has not received of a run, or of all runs in a folder."
     command = _Command(group, "sync", text, "train")
     command.parser.add_argument("folder", type=Path, metavar="RUN|FOLDER")

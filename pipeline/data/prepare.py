@@ -38,7 +38,7 @@ from pipeline.data.manifest import (
 from pipeline.data.sources import open_source
 from pipeline.data.sources.split import Split
 from pipeline.data.stored_size import largest_bytes
-from pipeline.distributed import together
+from pipeline.distributed import run_collectively
 from pipeline.errors import UserError
 from pipeline.recipe.schema import DataRecipe, Recipe
 
@@ -68,7 +68,7 @@ def prepare(recipe: Recipe) -> Path:
             with other settings.
         OSError: the disk is full or failing, or the folder cannot be written.
     """
-    together(lambda: _prepare(recipe.data), main_only=True)
+    run_collectively(lambda: _prepare(recipe.data), main_only=True)
     return recipe.data.folder
 
 

@@ -39,7 +39,7 @@ def play(
     samples = chosen[world.rank :: world.size].flatten()
     task = f"localisation {n}x{n}, {method}"
     for images, numbers in subject.select(samples, GRIDS_AT_ONCE * n * n, task):
-        grids = make_grids(images.unflatten(0, (-1, n * n)))
+        grids = make_grids(images.view(-1, n * n, *images.shape[1:]))
         targets = predicted.labels[numbers].view(-1, n * n).to(world.device)
         maps = attribution_maps(method, subject.model, grids, targets, names)
         for scores, name in zip(mine, names, strict=True):

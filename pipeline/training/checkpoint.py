@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from pipeline import __version__
-from pipeline.distributed import World, average_buffers, gather_across_ranks, together
+from pipeline.distributed import World, average_buffers, gather_across_ranks, run_collectively
 from pipeline.errors import UserError
 from pipeline.files import sha256_of, sync, write_atomically
 from pipeline.slurm import report_event
@@ -77,9 +77,9 @@ class Checkpoints:
         for module in modules.values():
             average_buffers(module)
         try:
-            together(lambda: self._make(temporary), main_only=True)
-            together(lambda: self._write(learner, temporary, updates, own))
-            together(lambda: self._publish(temporary, updates), main_only=True)
+            run_collectively(lambda: self._make(temporary), main_only=True)
+            run_collectively(lambda: self._write(learner, temporary, updates, own))
+            run_collectively(lambda: self._publish(temporary, updates), main_only=True)
         except OSError as error:
             newest = next((path.name for path in published(self.folder)), None)
             kept = f"{newest} stays the newest" if newest else "there is none yet"
@@ -110,14 +110,16 @@ class Checkpoints:
             if not path.exists() or value > json.loads(path.read_text())["value"]:
                 write_atomically(path, json.dumps({"updates": updates, "value": value}).encode())
 
-        together(mark, main_only=True)
+        run_collectively(mark, main_only=True)
 
     def newest(self) -> Path | None:
         """Find the newest valid checkpoint; None if there is none.
 
         Every process must call it; all get the same answer.
         """
-        return gather_across_ranks(newest_valid(self.folder) if self.world.is_main else None)[0]
+        found = newest_valid(self.folder) if self.world.is_main else None
+        path: Path | None = gather_across_ranks(found)[0]
+        return path
 
     def remove_unfinished(self) -> None:
         """Remove what saves have left that were cut off."""
@@ -163,7 +165,7 @@ class Checkpoints:
             engine.optimizer.refresh_fp32_params()
         if self.world.is_main:
             report_event("resumed", state["updates"])
-        return state["updates"]
+        return int(state["updates"])
 
     def _shards(self, engine: "DeepSpeedEngine") -> int:
         return self.world.size if _sharded(engine) else 0
@@ -224,15 +226,18 @@ def _modules(learner: Learner) -> dict[str, nn.Module]:
 
 
 def _sharded(engine: "DeepSpeedEngine") -> bool:
-    return engine.zero_optimization_stage() > 0
+    return bool(engine.zero_optimization_stage() > 0)
 
 
 def _optimizer(engine: "DeepSpeedEngine") -> torch.optim.Optimizer:
-    """torch's own optimiser, which may be inside ZeRO's wrapper.
+    """Torch's own optimiser, which may be inside ZeRO's wrapper.
 
     Its parameters are fp32, so the model holds the weights.
     """
-    return engine.optimizer.optimizer if _sharded(engine) else engine.optimizer
+    optimizer: torch.optim.Optimizer = (
+        engine.optimizer.optimizer if _sharded(engine) else engine.optimizer
+    )
+    return optimizer
 
 
 def _random_state(world: World) -> list[torch.Tensor]:

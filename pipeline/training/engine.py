@@ -30,11 +30,12 @@ def load_deepspeed() -> ModuleType:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
+    module: ModuleType = deepspeed
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # None of DeepSpeed's own operators is used. On a processor it would compile one for inference
     # as soon as it starts, with a compiler and ninja, into the home.
     deepspeed.ops.__compatible_ops__ = {}
-    return deepspeed
+    return module
 
 
 def configuration(recipe: Recipe, world_size: int) -> dict[str, Any]:

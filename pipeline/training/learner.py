@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 
 import torch
-from timm.utils import ModelEmaV3
+
+# timm re-exports it without saying so.
+from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from pipeline.data.epoch_loader import Batch, unit_range

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline.data.epoch_loader import Batch
-from pipeline.distributed import sum_across_ranks, together
+from pipeline.distributed import run_collectively, sum_across_ranks
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.recipe.schedules import learning_rate
@@ -155,7 +155,7 @@ class Trainer:
 
     def _save(self) -> None:
         # The journal is never behind a checkpoint.
-        together(self._tracker.sync_to_disk)
+        run_collectively(self._tracker.sync_to_disk)
         self._setup.checkpoints.save(self._setup.learner, self.updates)
         self._watchdog.beat()
         self._leave_if_asked()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.interpret.network import dynamic_modules, explaining
+from pipeline.interpret.network import dynamic_modules, explaining, parts
 
 # Classes whose weights are penalised in every image: its own and four random ones.
 CLASSES = 5
@@ -84,9 +84,10 @@ class DynamicWeightPenalty:
             labels: (B,) of its images.
             update: number of the update.
         """
-        assert self.junction is not None and self.logits is not None
+        assert self.junction is not None
+        assert self.logits is not None
         classes = self.classes(labels, self.logits.shape[1], update)
-        chosen = float(self.model.temperature) * self.logits.gather(1, classes)  # type: ignore[arg-type]
+        chosen = float(parts(self.model).temperature) * self.logits.gather(1, classes)
         sizes = []
         with explaining(self.dynamic):
             for outputs in chosen.unbind(1):

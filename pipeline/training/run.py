@@ -7,7 +7,7 @@ import yaml
 from pipeline.data import manifest
 from pipeline.data.prepare import prepare
 from pipeline.data.prepared import PreparedData, open_prepared
-from pipeline.distributed import World, barrier, gather_across_ranks, together
+from pipeline.distributed import World, barrier, gather_across_ranks, run_collectively
 from pipeline.errors import UserError
 from pipeline.evaluation.metrics import tracked_names
 from pipeline.export import export
@@ -53,7 +53,7 @@ def train(recipe: Recipe, world: World) -> None:
             with Watchdog(folder, world) as watchdog:
                 updates = setup.take_over()
                 stored = yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode()
-                together(lambda: write_atomically(folder.recipe, stored), main_only=True)
+                run_collectively(lambda: write_atomically(folder.recipe, stored), main_only=True)
                 tags, names = _tags(prepared), tracked_names()
                 with open_tracker(recipe, folder, world, tags=tags, names=names) as tracker:
                     _log_data(recipe, prepared, tracker)
@@ -109,6 +109,6 @@ def _finish(setup: Setup, tracker: Tracker) -> None:
     """Export the final weights, write the report, and log it."""
     recipe, folder, model = setup.recipe, setup.folder, setup.learner.result
     classes = setup.prepared.classes
-    together(lambda: export(model, recipe, classes, folder.export), main_only=True)
+    run_collectively(lambda: export(model, recipe, classes, folder.export), main_only=True)
     track(tracker, recipe, folder, write_report(folder, recipe, setup.prepared, setup.world))
     tracker.model(folder.export)

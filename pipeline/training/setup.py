@@ -5,7 +5,7 @@ import logging
 from pipeline.data.loaders import eval_loader, train_loader
 from pipeline.data.memory import check_memory
 from pipeline.data.prepared import PreparedData
-from pipeline.distributed import World, together
+from pipeline.distributed import World, run_collectively
 from pipeline.recipe.schema import Recipe
 from pipeline.run_folder import RunFolder
 from pipeline.training.checkpoint import Checkpoints
@@ -62,8 +62,8 @@ class Setup:
         Raises:
             UserError: a later start has the folder, or the checkpoint does not fit.
         """
-        together(self.lease.take, main_only=True)
-        together(self.checkpoints.remove_unfinished, main_only=True)
+        run_collectively(self.lease.take, main_only=True)
+        run_collectively(self.checkpoints.remove_unfinished, main_only=True)
         if self.resumed_from is None:
             return 0
         updates = self.checkpoints.load(self.learner, self.resumed_from)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from pipeline.distributed import process_group
 from pipeline.errors import UserError
 from pipeline.files import sha256_of
-from pipeline.training.checkpoint import newest_model
+from pipeline.training.checkpoint_files import newest_model
 from pipeline.training.lease import Lease
 
 

@@ -12,7 +12,7 @@ from runs_for_tests import history
 from pipeline.distributed import process_group
 from pipeline.export import load_export
 from pipeline.interpret.contributions import contributions
-from pipeline.training.checkpoint import newest_model
+from pipeline.training.checkpoint_files import newest_model
 from pipeline.training.run import train
 
 

@@ -19,7 +19,7 @@ from pipeline.distributed import World, barrier, gather_across_ranks, process_gr
 from pipeline.errors import UserError
 from pipeline.run_folder import RunFolder
 from pipeline.training import checkpoint, loop
-from pipeline.training.checkpoint import newest_model
+from pipeline.training.checkpoint_files import newest_model
 from pipeline.training.failures import Watchdog, first_error
 from pipeline.training.run import train
 from pipeline.training.stop import REQUEUE, Stop
@@ -74,7 +74,7 @@ def test_where_nothing_is_to_be_saved_it_ends_at_once():
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "saved"), [(checkpoint, "_store", 3), (loop, "evaluate", 11)]
+    ("owner", "name", "saved"), [(checkpoint, "store_state", 3), (loop, "evaluate", 11)]
 )
 def test_a_signal_during_a_save_or_an_evaluation(
     prepared, tmp_path, monkeypatch, owner, name, saved
