@@ -11,7 +11,8 @@ from urllib.parse import quote
 import pytest
 from conftest import NAME, PASSWORD
 
-from pipeline.reports.compare import find_runs, mlflow_views
+from pipeline.reports.compare import mlflow_pages
+from pipeline.reports.compared import find_runs
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SWITCHES = (
@@ -182,7 +183,7 @@ def test_both_runs_are_found_selected_and_compared_with_charts_and_pictures(
     browser, team, two_runs, tmp_path
 ):
     runs = find_runs([str(folder) for folder in two_runs], two_runs[0].parent)
-    ((address, command),) = mlflow_views(runs)
+    ((address, command),) = mlflow_pages(runs)
     ids = {(folder / "run_id").read_text() for folder in two_runs}
     assert address.startswith(team.uri)
     assert command is None

@@ -114,15 +114,12 @@ def index_tar(path: Path, quiet: bool = False) -> dict[str, Extent]:
     places: dict[str, Extent] = {}
     try:
         size = path.stat().st_size
-        progress = tqdm(
-            total=size,
-            desc=f"indexing {path.name}",
-            unit="B",
-            unit_scale=True,
-            leave=False,
-            disable=quiet,
-        )
-        with tarfile.open(path, "r:") as tar, progress as bar:
+        title = f"indexing {path.name}"
+        # The bar is made after the tar is open: what cannot be opened shows none.
+        with (
+            tarfile.open(path, "r:") as tar,
+            tqdm(None, title, size, False, unit="B", unit_scale=True, disable=quiet) as bar,
+        ):
             for member in tar:
                 bar.update(member.offset_data + member.size - bar.n)
                 _check_member(path, member, size)
