@@ -1,6 +1,6 @@
 """Processes, ranks, and the few collectives that the pipeline needs.
 
-Only this module reads RANK and the variables of Slurm.
+Only this module decides by RANK and the variables of Slurm which process this is in its group.
 """
 
 import os

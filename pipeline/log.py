@@ -34,7 +34,7 @@ def log_to_stderr() -> Iterator[None]:
     Of several processes the main one reports; with CODA_TRACEBACK=1 the warnings of all are shown.
     """
     logger, handler = logging.getLogger("pipeline"), _BesideBars()
-    before = logger.level, logger.propagate
+    level, propagate = logger.level, logger.propagate
     others = logging.WARNING if tracebacks_wanted() else logging.ERROR
     logger.setLevel(logging.INFO if is_main_process() else others)
     logger.propagate = False
@@ -43,7 +43,9 @@ def log_to_stderr() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.level, logger.propagate = before
+        logger.propagate = propagate
+        # Not by assignment: the modules' loggers remember what they have looked up.
+        logger.setLevel(level)
 
 
 def is_main_process() -> bool:

@@ -36,7 +36,9 @@ def test_the_main_process_reports(environment, shown, monkeypatch, capsys):
 def test_a_library_keeps_its_own_logging(caplog, capsys):
     before = (logging.getLogger("pipeline").level, logging.getLogger("pipeline").handlers[:])
     with log_to_stderr():
-        pass
+        log.info("looked up, and remembered")
+    capsys.readouterr()
+    log.info("not shown")
     log.warning("mind")
     logger = logging.getLogger("pipeline")
     assert caplog.messages == ["mind"]

@@ -1,5 +1,6 @@
-"""Order and augmentation as pure functions of (seed, epoch, sample index).
+"""Order and augmentation as pure functions.
 
+The order depends on seed, epoch and number of samples, augmentation on seed, epoch and sample.
 Threads, ranks and restarts therefore change nothing. A box is (top, left, height, width) in pixels
 of the stored image.
 

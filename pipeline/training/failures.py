@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def first_error(folder: RunFolder, world: World, stop: Stop) -> Iterator[None]:
-    """Keep the first exception of any process in first_error.txt, until the next start's.
+    """Keep the first exception of any process in first_error.txt, until the run has finished.
 
     One failure brings many: the others lose their connection. A process that was asked to stop and
     then loses its connection has peers that were faster to leave: it leaves as they did. Any other
