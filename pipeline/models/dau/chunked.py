@@ -63,17 +63,9 @@ def backward(
     grad_norm2: Tensor | None,
     needs: Needs,
 ) -> Gradients:
-    """Compute the gradients of :func:`forward`, each None unless ``needs`` asks for it.
+    """Compute the gradients of :func:`forward`, as ``kernels.Kernels.backward`` says.
 
-    Args:
-        rows: as in :func:`forward`.
-        z: as in :func:`forward`.
-        weight: as in :func:`forward`.
-        bias: as in :func:`forward`.
-        grad_dot: dL/d dot, (N, O).
-        grad_norm2: dL/d norm2, (N, O), or None.
-        needs: whether the gradients of rows, z, weight and bias are wanted. The first alone is
-            explanation mode.
+    The gradient of rows alone is that of explanation mode.
     """
     if not any(needs[1:]):
         explanation = explain(z, weight, bias, grad_dot[None])[0] if needs[0] else None

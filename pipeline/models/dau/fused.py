@@ -81,17 +81,7 @@ def backward(
     grad_norm2: Tensor | None,
     needs: Needs,
 ) -> Gradients:
-    """Compute the gradients of :func:`forward`, fp32, each None unless ``needs`` asks for it.
-
-    Args:
-        rows: as in :func:`forward`.
-        z: as in :func:`forward`.
-        weight: as in :func:`forward`.
-        bias: as in :func:`forward`.
-        grad_dot: dL/d dot, (N, O).
-        grad_norm2: dL/d norm2, (N, O), or None.
-        needs: whether the gradients of rows, z, weight and bias are wanted.
-    """
+    """Compute the gradients of :func:`forward` in fp32, as ``kernels.Kernels.backward`` says."""
     needs_rows, needs_z, needs_weight, needs_bias = needs
     rows, z, weight = rows.contiguous(), z.contiguous(), weight.contiguous()
     plan = launches(
